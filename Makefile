@@ -1,0 +1,50 @@
+# Two commands: `make run`, `make test`. Everything is installed into .venv.
+SHELL  := /bin/bash
+PYTHON ?= python3
+# The torch to install first, so that nothing else chooses one. A build for CPU only, on Linux:
+#   make run TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu'
+TORCH  ?= torch==2.13.0
+# Arguments of `spry run`:  make run ARGS='--nodes 20 --run-config "num-server-rounds=5"'
+ARGS   ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: help run test check format clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make run     fine-tune a language model on ten virtual devices (ARGS='...' for spry run)"
+	@echo "make test    run the tests"
+	@echo "make check   format, lint, types and tests: what CI runs"
+	@echo "make format  format the code"
+	@echo "make clean   remove .venv, caches and outputs"
+
+run: .venv/installed
+	@$(BIN)/spry run $(ARGS)
+
+test: .venv/installed
+	@$(BIN)/python -m pytest
+
+check: .venv/installed
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/python -m pytest
+
+format: .venv/installed
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+# Made again whenever what to install has changed.
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "Python 3.11, 3.12 or 3.13 is needed (PYTHON=python3.12 make ...)")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "Installing into .venv (a few minutes the first time) ..."
+	@$(PIP) install $(TORCH)
+	@$(PIP) install --constraint constraints.txt --editable '.[demo,dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv outputs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,90 @@
+"""The app on a real SuperLink and SuperNodes, all on this machine; each node trains on a file of its own.
+
+    python deploy/loopback.py first.jsonl second.jsonl --run-config 'num-server-rounds=3' --output-dir outputs
+
+Free loopback ports, no TLS, nothing left running. Exit status: 0 only if the run completed. Nodes on several machines
+are started by the same commands, with addresses, certificates and keys added.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from flwr.common.config import parse_config_args
+
+from spry_app.config import Scalar
+from spry_app.errors import SpryError
+from spry_app.launcher.logs import Tail, cause
+from spry_app.launcher.processes import Processes
+from spry_app.launcher.progress import describe
+from spry_app.launcher.superlink import HOST, Outcome, SuperLink, environment, free_port, write_settings
+
+APP = Path(__file__).resolve().parent.parent
+
+
+def main() -> int:
+    arguments = _arguments()
+    output = arguments.output_dir.resolve()
+    settings: dict[str, Scalar] = parse_config_args(arguments.run_config) | {"output-dir": str(output)}
+    folder = Path(tempfile.mkdtemp(prefix="spry-"))
+    logs, neutral = folder / "logs", folder / "empty"
+    logs.mkdir()
+    neutral.mkdir()
+    kept = output / "not-started"
+    try:
+        with Processes(environment(folder), neutral) as processes:
+            superlink = SuperLink(processes, logs)
+            superlink.start("--database", str(folder / "state.db"))
+            for index, data in enumerate(arguments.data):
+                node: dict[str, Scalar] = {"partition-id": index, "num-partitions": len(arguments.data)}
+                node["data"] = str(data.resolve())
+                if arguments.model is not None:
+                    node["model"] = str(arguments.model.resolve())
+                _start_node(processes, superlink.port, folder / f"node-{index}", logs / f"node-{index}.log", node)
+            run_id = superlink.submit(APP, settings, {})
+            kept = output / run_id
+            outcome = _follow(superlink, run_id, kept / "metrics.jsonl", logs / "run.log")
+        if not outcome.completed:
+            raise SpryError(f"The run failed: {cause(outcome.details, logs / 'run.log')}")
+    except SpryError as error:
+        print(f"{error}\nLogs: {shutil.copytree(logs, kept / 'logs', dirs_exist_ok=True)}", file=sys.stderr)
+        return 1
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    print(f"Completed: {kept}")
+    return 0
+
+
+def _start_node(processes: Processes, port: int, home: Path, log: Path, settings: dict[str, Scalar]) -> None:
+    """One SuperNode with a home of its own, as it has on a machine of its own."""
+    home.mkdir()
+    command = ["flower-supernode", "--insecure", "--superlink", f"{HOST}:{port}", "--port", str(free_port())]
+    node_config = write_settings(home / "node-config.toml", settings)
+    processes.start([*command, "--node-config", str(node_config)], log, FLWR_HOME=str(home))
+
+
+def _follow(superlink: SuperLink, run_id: str, metrics: Path, log: Path) -> Outcome:
+    tail = Tail(metrics)
+
+    def look() -> None:
+        for line in tail.new_lines():
+            row = json.loads(line)
+            print(f"Round {row['round']}/{row['rounds']}  {describe(row, None)}", flush=True)
+
+    return superlink.follow(run_id, log, look)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, nargs="+", help="training file of each node; as many nodes as files")
+    parser.add_argument("--run-config", action="append", help="as of `flwr run`")
+    parser.add_argument("--model", type=Path, help="checkpoint folder that every node loads instead of model.name")
+    parser.add_argument("--output-dir", type=Path, default=Path("outputs"))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,14 @@
+"""Flower's entry point on the server. Everything is in spry_app.server."""
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from spry_app.server.run import run
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """One run."""
+    run(grid, context)

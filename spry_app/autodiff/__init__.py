@@ -1,0 +1,1 @@
+"""The numerical core: directions from seeds, slopes along them, gradients. Never Flower, files or model loading."""

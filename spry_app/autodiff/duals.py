@@ -1,0 +1,31 @@
+"""Dual numbers, a value with its tangent: the typed door to torch.autograd.forward_ad. No rule of calculus is here."""
+
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as fwAD
+from torch import Tensor
+
+Pair = tuple[Tensor, Tensor | None]
+"""A value and its tangent; None stands for zero."""
+
+
+def dual(primal: Tensor, tangent: Tensor | None) -> Tensor:
+    """A dual number of the level that is open (`fwAD.dual_level`)."""
+    if tangent is None:
+        return primal
+    made: Tensor = fwAD.make_dual(primal, tangent)  # type: ignore[no-untyped-call]
+    return made
+
+
+def split(value: Any) -> tuple[Any, Tensor | None]:
+    """Value and tangent of anything; what is no tensor, or outside of a level, has no tangent."""
+    if not isinstance(value, Tensor):
+        return value, None
+    pair: Pair = fwAD.unpack_dual(value)  # type: ignore[no-untyped-call]
+    return pair[0], pair[1]
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In the format in which statistics, softmax and losses are computed: fp32 for half formats."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

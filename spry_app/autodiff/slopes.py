@@ -1,0 +1,129 @@
+"""How much the loss changes along a direction: by forward mode or by differences. Never how directions are drawn, or
+what is done with the slopes.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.autograd.forward_ad as fwAD
+from torch import Tensor
+
+from spry_app.autodiff.directions import Tensors
+from spry_app.autodiff.duals import dual, split, wide
+from spry_app.autodiff.forward_rules import ForwardRules
+
+Objective = Callable[[Tensors], Tensor]
+"""Deterministic: trainable tensors, which replace the model's by name, -> scalar loss (mean over the examples)."""
+
+
+class ForwardModeError(RuntimeError):
+    """Forward mode gave no slope, where one was asked for."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One micro-batch; the weights of a batch sum to 1 (examples of the part / examples of the batch)."""
+
+    objective: Objective
+    weight: float
+
+
+Batch = Sequence[Part]
+
+
+class SlopeRule(Protocol):
+    """(batch, parameters, directions) -> (loss of the batch, one slope a direction)."""
+
+    def __call__(self, batch: Batch, params: Tensors, directions: Iterable[Tensors]) -> tuple[float, list[float]]: ...
+
+
+def forward_mode(batch: Batch, params: Tensors, directions: Iterable[Tensors]) -> tuple[float, list[float]]:
+    """Exact slopes, two forward passes each, no autograd graph (arXiv 2202.08587; 2405.15551).
+
+    A direction may leave out tensors, which then stay put. Raises ForwardModeError where the loss has no tangent.
+    """
+    if torch.is_inference_mode_enabled():
+        raise ForwardModeError(
+            "forward mode was called under torch.inference_mode(), which drops every tangent without a word; "
+            "use torch.no_grad() instead"
+        )
+    losses, slopes = [], []
+    for direction in directions:
+        with torch.no_grad(), fwAD.dual_level(), ForwardRules():
+            duals = {name: _with_tangent(tensor, direction.get(name)) for name, tensor in params.items()}
+            pairs = [_loss_and_tangent(part.objective(duals)) for part in batch]
+        losses.append(_mean(batch, [loss for loss, _ in pairs]))
+        slopes.append(_mean(batch, [tangent for _, tangent in pairs]))
+    return _numbers(losses[:1], slopes)
+
+
+def central_difference(h: float) -> SlopeRule:
+    """[L(w + h v) - L(w - h v)] / (2 h), two forward passes a direction (arXiv 2305.17333, algorithm 1).
+
+    The loss is the mean of the losses measured, L(w) + O(h^2).
+    """
+
+    def rule(batch: Batch, params: Tensors, directions: Iterable[Tensors]) -> tuple[float, list[float]]:
+        losses, slopes = [], []
+        for direction in directions:
+            above, below = (_losses(batch, moved(params, direction, step)) for step in (h, -h))
+            losses += [_mean(batch, above), _mean(batch, below)]
+            slopes.append(_mean(batch, [a - b for a, b in zip(above, below, strict=True)]) / (2 * h))
+        return _numbers(losses, slopes)
+
+    return rule
+
+
+def one_sided_difference(h: float) -> SlopeRule:
+    """[L(w + h v) - L(w)] / h, one forward pass a direction and one more (arXiv 2301.12195, 2308.13894)."""
+
+    def rule(batch: Batch, params: Tensors, directions: Iterable[Tensors]) -> tuple[float, list[float]]:
+        start = _losses(batch, params)
+        slopes = []
+        for direction in directions:
+            above = _losses(batch, moved(params, direction, h))
+            slopes.append(_mean(batch, [a - b for a, b in zip(above, start, strict=True)]) / h)
+        return _numbers([_mean(batch, start)], slopes)
+
+    return rule
+
+
+def moved(params: Tensors, direction: Tensors, step: float) -> Tensors:
+    """params + step * direction, in the format and place of `params`."""
+    return {
+        name: tensor if name not in direction else tensor.detach().add(direction[name].to(tensor), alpha=step)
+        for name, tensor in params.items()
+    }
+
+
+def _with_tangent(tensor: Tensor, tangent: Tensor | None) -> Tensor:
+    return dual(tensor.detach(), None if tangent is None else tangent.to(tensor))
+
+
+def _loss_and_tangent(loss: Tensor) -> tuple[Tensor, Tensor]:
+    primal, tangent = split(loss)
+    if tangent is None:
+        raise ForwardModeError(
+            "the loss has no tangent: either it does not depend on the perturbed tensors, or a module on the way lost "
+            "it (a custom kernel, reentrant checkpointing); spry_app.autodiff.self_test names the module. gradient = "
+            '"central-difference" needs no tangents'
+        )
+    return primal, tangent
+
+
+def _losses(batch: Batch, params: Tensors) -> list[Tensor]:
+    with torch.no_grad():
+        return [part.objective(params) for part in batch]
+
+
+def _mean(batch: Batch, values: Sequence[Tensor]) -> Tensor:
+    """The batch's value from those of its parts; stays on the device, so that no part waits for another."""
+    return torch.stack([wide(value) * part.weight for part, value in zip(batch, values, strict=True)]).sum()
+
+
+def _numbers(losses: list[Tensor], slopes: list[Tensor]) -> tuple[float, list[float]]:
+    """The one point where the host waits for the device."""
+    loss, *numbers = torch.stack([torch.stack(losses).mean(), *slopes]).tolist()
+    return loss, numbers

@@ -1,0 +1,80 @@
+"""The `spry` command: reads arguments, calls, and turns errors into one message and an exit status."""
+
+import sys
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from spry_app.errors import SpryError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="markdown")
+
+
+@app.callback(invoke_without_command=True)
+def _spry(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    """Fine-tune language models across devices by forward gradients."""
+    if version:
+        print(f"spry {installed_version('spry')}")
+        raise typer.Exit
+
+
+@app.command("run")
+def run_command(
+    app_dir: Annotated[Path, typer.Argument(help="Folder of the Flower app, with its pyproject.toml.")] = Path("."),
+    nodes: Annotated[int, typer.Option(min=1, help="Number of virtual devices.")] = 10,
+    run_config: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--run-config",
+            "-c",
+            help="Settings to change, as `'key=value key2=\"text\"'` or a TOML file. Repeatable. "
+            "All keys are in pyproject.toml under `tool.flwr.app.config`.",
+        ),
+    ] = None,
+    federation_config: Annotated[
+        list[str] | None,
+        typer.Option("--federation-config", help="Settings of Flower's simulation; they win over the ones made here."),
+    ] = None,
+    gpus_per_client: Annotated[
+        float, typer.Option(min=0.0, help="Share of a GPU that a device takes; 0.25 lets four use one at once.")
+    ] = 0.0,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="Where a folder for the run is made; overrides the key output-dir.")
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the log of the run as well.")] = False,
+) -> None:
+    """Run the app on virtual devices on this machine and follow it to its end.
+
+    Starts a Flower SuperLink of its own and stops it again, whatever happens. Exit status: 0 if the run completed,
+    1 if it failed, 2 if it could not be started as asked, 130 after Ctrl-C.
+    """
+    from spry_app.launcher.settings import Simulation
+    from spry_app.launcher.simulation import run
+
+    simulation = Simulation(
+        app=app_dir,
+        nodes=nodes,
+        run_config=run_config or (),
+        federation_config=federation_config or (),
+        gpus_per_client=gpus_per_client,
+        output_dir=output_dir,
+        verbose=verbose,
+    )
+    try:
+        status = run(simulation, Console())
+    except SpryError as error:
+        print(error, file=sys.stderr)
+        status = 2
+    raise typer.Exit(status)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

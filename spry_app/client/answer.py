@@ -1,0 +1,60 @@
+"""From a message to its reply. A SpryError becomes a refusal that the server shows; our own mistakes still raise."""
+
+import functools
+from collections.abc import Callable
+
+from flwr.app import Context, Message
+
+from spry_app.autodiff.gradients import GRADIENTS
+from spry_app.client.node import Node, check_forward_mode, load_node
+from spry_app.client.training import train as train_node
+from spry_app.config import RunConfig
+from spry_app.errors import SpryError
+from spry_app.methods import Method, get_method
+from spry_app.objectives import score
+from spry_app.protocol import Introduction, Score, Task, TrainReply, expected_fingerprint, refusal
+
+Answer = Callable[[Message, Context], Message]
+Work = Callable[[Node, Message, Method, RunConfig], Introduction | TrainReply | Score]
+
+
+def _answer(work: Work) -> Answer:
+    @functools.wraps(work)
+    def answer(message: Message, context: Context) -> Message:
+        try:
+            config = RunConfig.from_flower(context.run_config)
+            method = get_method(config.method, config.gradient, config.server.optimizer)
+            node = load_node(config, context.node_config)
+            _check_base(node.adapted.fingerprint, expected_fingerprint(message), config)
+            if method.gradient is GRADIENTS["forward-mode"]:
+                check_forward_mode(node)
+            return work(node, message, method, config).to_message(message)
+        except SpryError as error:
+            return refusal(message, error)
+
+    return answer
+
+
+@_answer
+def introduce(node: Node, message: Message, method: Method, config: RunConfig) -> Introduction:
+    return Introduction(node.partition, node.adapted.fingerprint, len(node.train), len(node.heldout))
+
+
+@_answer
+def train(node: Node, message: Message, method: Method, config: RunConfig) -> TrainReply:
+    return train_node(node, Task.from_message(message), method, config)
+
+
+@_answer
+def evaluate(node: Node, message: Message, method: Method, config: RunConfig) -> Score:
+    node.adapted.load_tensors(Task.from_message(message).tensors)
+    return score(node.adapted, node.heldout, config.client.batch_size)
+
+
+def _check_base(here: str, there: str, config: RunConfig) -> None:
+    if here != there:
+        raise SpryError(
+            f"The base model of this node is not the server's (fingerprint {here[:12]}, the server has {there[:12]}). "
+            f"Every node must load the same weights of model.name={config.model.name!r}: pin model.revision, or "
+            "replace this node's copy."
+        )

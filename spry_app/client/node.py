@@ -1,0 +1,82 @@
+"""What a node holds for as long as its process lives: the model, its rows, encoded. Training is elsewhere."""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from weakref import WeakSet
+
+from torch.nn import Module
+
+from spry_app.autodiff.directions import Seed, direction
+from spry_app.autodiff.self_test import SelfTestError, self_test
+from spry_app.config import RunConfig
+from spry_app.data import label_names, load_shard
+from spry_app.errors import SpryError
+from spry_app.models import AdaptedModel, load_model
+from spry_app.objectives import objective
+from spry_app.tasks import classification
+from spry_app.tasks.classification import Encoded
+
+_PROBE_SCALE = 0.02
+"""Size of the noise added to fresh adapters for the self-test: LoRA's B is zero, which would hide errors in A."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """A model and one shard of rows, ready to work.
+
+    partition: number of the shard, -1 where the node has its own file.
+    """
+
+    adapted: AdaptedModel
+    train: Encoded
+    heldout: Encoded
+    partition: int
+
+
+def load_node(config: RunConfig, node_config: Mapping[str, bool | float | int | str]) -> Node:
+    """The node that Flower's `node_config` describes; model and rows are loaded once a process.
+
+    Keys: partition-id, num-partitions (a shard of `data.source`), data (the node's own file), model (its own copy of
+    the checkpoint). Raises SpryError where they do not make a usable node.
+    """
+    file, path = str(node_config.get("data", "")), str(node_config.get("model", ""))
+    if not file and not {"partition-id", "num-partitions"} <= node_config.keys():
+        raise SpryError(
+            f"The node config has {', '.join(sorted(node_config)) or 'no key'}; it needs partition-id and "
+            'num-partitions (a shard of data.source), or data="/path/to/its/own.jsonl".'
+        )
+    index, count = int(node_config.get("partition-id", -1)), int(node_config.get("num-partitions", 0))
+    return _load_node(config, path, file, index, count)
+
+
+_load_model = functools.lru_cache(maxsize=1)(load_model)
+
+
+@functools.lru_cache(maxsize=1024)
+def _load_node(config: RunConfig, path: str, file: str, index: int, count: int) -> Node:
+    labels = len(label_names(config.data))
+    adapted = _load_model(config.model, config.adapter, labels, config.seed, path)
+    shard = load_shard(config.data, config.seed, index, count, file)
+    encode = functools.partial(classification.encode, tokenizer=adapted.tokenizer, max_length=config.data.max_length)
+    return Node(adapted, encode(shard.train), encode(shard.heldout), index)
+
+
+_trusted: WeakSet[Module] = WeakSet()
+
+
+def check_forward_mode(node: Node) -> None:
+    """Self-test of the model as loaded, once a process. Raises SpryError: a wrong slope must never be trained on."""
+    model = node.adapted.model
+    if model in _trusted:
+        return
+    seed = Seed(run=0, round=0, client=0, step=0)
+    tensors = node.adapted.tensors()
+    noise = direction(seed, 0, tensors)
+    probe = {name: value + _PROBE_SCALE * noise[name] for name, value in tensors.items()}
+    rows = range(min(2, len(node.train)))
+    try:
+        self_test(objective(node.adapted, node.train, rows, seed), probe, model)
+    except SelfTestError as error:
+        raise SpryError(f"Self-test of forward mode failed: {error}") from error
+    _trusted.add(model)

@@ -1,0 +1,216 @@
+"""Every run-config key: its meaning, unit, default and check. Nothing here loads a model or reads a file.
+
+Flower hands the configuration over as one flat dict (`{"client.learning-rate": 0.1}`) of int, float, bool and str;
+an empty string stands for "not set".
+"""
+
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+from spry_app.errors import SpryError
+
+Scalar = int | float | bool | str
+Count = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+StepSize = Annotated[float, Field(gt=0)]
+
+
+def _kebab(name: str) -> str:
+    return name.replace("_", "-")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, strict=True, extra="forbid", alias_generator=_kebab, populate_by_name=True, protected_namespaces=()
+    )
+
+
+class ModelConfig(_Section):
+    name: str = Field("minilm", min_length=1)
+    """Checkpoint for sequence classification: a Hub name, a local path, or "minilm" (extra `demo`)."""
+    revision: str = ""
+    """Branch, tag or commit of a Hub checkpoint."""
+    quantization: Literal["none", "nf4", "fp4", "int8"] = "none"
+    """How frozen linear weights are kept (bitsandbytes)."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number format of everything that is neither quantised nor trained."""
+    device: str = "auto"
+    """Where a client computes: "auto" (CUDA if there is one), "cpu", "cuda", "cuda:1"."""
+
+
+class AdapterConfig(_Section):
+    kind: Literal["lora", "none"] = "lora"
+    """"lora", or "none" to train the classification head alone."""
+    rank: Count = 1
+    alpha: float = Field(1.0, gt=0)
+    """LoRA scale: updates are multiplied by alpha / rank."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: str = ""
+    """Module names to adapt, separated by commas; empty for query and value, whatever the model calls them."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Which biases are trained beside LoRA (PEFT's `bias`)."""
+
+
+class DataConfig(_Section):
+    source: str = Field("household", min_length=1)
+    """"household" (embedded), a local .jsonl/.csv/.parquet file, or a Hub name."""
+    config: str = ""
+    """Configuration of a Hub data set, e.g. "sst2" of "glue"."""
+    train_split: str = "train"
+    test: str = ""
+    """Central test set: a local file, or a split of the source; empty for the embedded set's own, else "test"."""
+    text_field: str = Field("text", min_length=1)
+    text_pair_field: str = ""
+    """Second sentence, for pairs."""
+    label_field: str = Field("label", min_length=1)
+    num_labels: int = Field(0, ge=0)
+    """Number of classes; 0 takes it from the data, which every node must then see alike."""
+    label_names: str = ""
+    """Names of the classes in order, separated by commas; needed where each node has its own file with named labels."""
+    max_length: int = Field(64, ge=4)
+    """Tokens kept of a text; longer ones are cut, and how many were is logged."""
+    partition: Literal["iid", "dirichlet", "natural"] = "natural"
+    alpha: float = Field(1.0, gt=0)
+    """Concentration of the Dirichlet partition over labels; smaller is less alike."""
+    equal_sizes: bool = False
+    """Dirichlet: give every shard about the same number of rows."""
+    natural_field: str = "household"
+    """Field whose values (a user id, a household) are never split between two shards."""
+    holdout: float = Field(0.2, ge=0, lt=1)
+    """Part of every shard kept back to measure personalised accuracy."""
+
+
+class ClientConfig(_Section):
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    learning_rate: StepSize = 1e-2
+    weight_decay: float = Field(0.0, ge=0)
+    local_epochs: Count = 1
+    """Passes over the shard a round, in per-epoch mode."""
+    local_steps: int = Field(0, ge=0)
+    """Batches a round, over as many passes as that takes; 0 for local-epochs (per-epoch) or one (per-iteration)."""
+    batch_size: Count = 8
+    micro_batch: int = Field(0, ge=0)
+    """Examples that pass through the model at once; 0 for the whole batch. Saves memory, changes no result."""
+    directions: Count = 1
+    """Random directions averaged per batch (K in the papers)."""
+
+
+class ServerConfig(_Section):
+    optimizer: Literal["", "average", "momentum", "adagrad", "adam", "yogi"] = ""
+    """Step on the mean of the replies; empty for the method's own."""
+    learning_rate: StepSize = 1e-2
+    """Step size; not used by "average"."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.99, ge=0, lt=1)
+    tau: float = Field(1e-3, gt=0)
+    """Adaptivity of Adagrad, Adam and Yogi: added to the root of the second moment."""
+    fraction_train: float = Field(1.0, gt=0, le=1)
+    """Part of the nodes asked each round."""
+    fraction_evaluate: Fraction = 1.0
+    """Part of the nodes that score the global model on their held-out rows, where the server has no test set."""
+    min_train_nodes: Count = 2
+    """Nodes asked each round at least, whatever the fraction."""
+    min_available_nodes: Count = 2
+    """The run starts once this many nodes are connected, and fails if they are not in time."""
+    wait_timeout_s: Seconds = 120.0
+    """How long to wait for `min-available-nodes`."""
+    round_timeout_s: Seconds = 600.0
+    """How long to wait for the replies of a round; later ones are lost."""
+    evaluate_every: Count = 1
+    """Rounds between two evaluations; the last round is always evaluated."""
+
+
+class RunConfig(_Section):
+    """One run. `RunConfig.from_flower` is the way in; `defaults()` is what pyproject.toml repeats."""
+
+    method: str = Field("spry", min_length=1)
+    """Row of the method table, or "package.module:object" for a Method of your own."""
+    strategy: str = ""
+    """"package.module:Class" for a Flower Strategy of your own, made with the arguments of SpryStrategy."""
+    gradient: Literal["", "forward-mode", "central-difference", "one-sided-difference", "backprop"] = ""
+    """How a client gets a gradient; empty for the method's own."""
+    head: Literal["shared", "split"] = "shared"
+    """The classification head goes to every client, or is dealt like any other unit."""
+    num_server_rounds: Count = 60
+    seed: int = Field(0, ge=0, lt=2**63)
+    output_dir: str = Field("outputs", min_length=1)
+    """Where outputs/<run id>/ is made; relative to the directory of the server process."""
+    model: ModelConfig = ModelConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    data: DataConfig = DataConfig()
+    client: ClientConfig = ClientConfig()
+    server: ServerConfig = ServerConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.client.micro_batch > self.client.batch_size:
+            raise ValueError(
+                f"client.micro-batch ({self.client.micro_batch}) is larger than client.batch-size "
+                f"({self.client.batch_size}); make it smaller, or 0 for the whole batch"
+            )
+        return self
+
+    @classmethod
+    def from_flower(cls, flat: Mapping[str, Any]) -> Self:
+        """Check Flower's flat run config. Raises SpryError naming every key that is wrong."""
+        known = dict(keys(cls))
+        unknown = [_unknown_key(key, known) for key in flat if key not in known]
+        if unknown:
+            raise SpryError("\n".join(unknown))
+        nested: dict[str, Any] = {}
+        for key, value in flat.items():
+            *sections, name = key.split(".")
+            target = nested
+            for section in sections:
+                target = target.setdefault(section, {})
+            target[name] = value
+        try:
+            return cls.model_validate(nested)
+        except ValidationError as error:
+            raise SpryError("\n".join(_sentence(problem) for problem in error.errors())) from None
+
+    def flat(self) -> dict[str, Scalar]:
+        """As Flower writes it: kebab-case, dotted."""
+        return dict(_flatten(self))
+
+    @classmethod
+    def defaults(cls) -> dict[str, Scalar]:
+        return cls().flat()
+
+
+def keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every key with its pydantic field, in order."""
+    for name, info in section.model_fields.items():
+        key = prefix + _kebab(name)
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            yield from keys(info.annotation, key + ".")
+        else:
+            yield key, info
+
+
+def _flatten(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, Scalar]]:
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            yield from _flatten(value, f"{prefix}{_kebab(name)}.")
+        else:
+            yield prefix + _kebab(name), value
+
+
+def _unknown_key(key: str, known: Mapping[str, FieldInfo]) -> str:
+    near = difflib.get_close_matches(key, known, n=1) or [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
+    hint = f"Did you mean {near[0]!r}?" if near else "Known keys are listed in pyproject.toml."
+    return f"Unknown run-config key {key!r}. {hint}"
+
+
+def _sentence(problem: Any) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    message = problem["msg"].removeprefix("Value error, ")
+    if not key:
+        return f"Run config: {message}."
+    return f"Run-config key {key!r} is {problem['input']!r}: {message[0].lower()}{message[1:]}."

@@ -1,0 +1,123 @@
+"""Which node holds which rows: shards of a corpus, and the part of a shard held back. Rows are only selected here."""
+
+import functools
+import warnings
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import numpy as np
+from datasets import Dataset
+
+from spry_app.config import DataConfig
+from spry_app.data.corpus import load_corpus, load_file, missing_field
+from spry_app.data.sources import read_train
+from spry_app.errors import SpryError
+
+Rule = Callable[[Dataset, DataConfig, int, int], list[list[int]]]
+"""(shuffled columns row, label, [group]; config; seed; count) -> row numbers of every shard."""
+
+if TYPE_CHECKING:
+    from flwr_datasets.partitioner import Partitioner
+
+_FEWER = "Use fewer nodes (spry run --nodes, or num-supernodes in --federation-config)"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One node's rows; the held-out ones are never trained on."""
+
+    train: Dataset
+    heldout: Dataset
+
+
+def load_shard(config: DataConfig, seed: int, index: int, count: int, file: str = "") -> Shard:
+    """Shard `index` of `count`, the same for the same arguments; or all rows of a node's own `file`.
+
+    Raises SpryError where there is no such shard or it would be empty.
+    """
+    if file:
+        rows = load_file(config, file)
+    elif 0 <= index < count:
+        rows = load_corpus(config).train.select(shards(config, seed, count)[index])
+    else:
+        raise SpryError(f"The node config has partition-id {index} of num-partitions {count}; ids count from 0.")
+    order = _generator(seed, 1 + max(index, 0)).permutation(len(rows))
+    held = min(max(round(config.holdout * len(rows)), config.holdout > 0), len(rows) - 1)
+    return Shard(train=rows.select(order[held:]), heldout=rows.select(order[:held]))
+
+
+@functools.lru_cache(maxsize=4)
+def shards(config: DataConfig, seed: int, count: int) -> list[list[int]]:
+    """Row numbers of all shards of `data.source`: every row is in exactly one, and no shard is empty."""
+    train = load_corpus(config).train
+    if count > len(train):
+        raise SpryError(f"{count} nodes cannot share the {len(train)} rows of data.source. {_FEWER} or more rows.")
+    columns = {name: train[name][:] for name in ("label", "group") if name in train.column_names}
+    rows = Dataset.from_dict({"row": range(len(train)), **columns}).select(_generator(seed, 0).permutation(len(train)))
+    found = PARTITIONS[config.partition](rows, config, seed, count)
+    empty = sum(not shard for shard in found)
+    if empty:
+        raise SpryError(f"{empty} of {count} shards are empty. {_FEWER}, or a larger data.alpha ({config.alpha}).")
+    return found
+
+
+def _iid(rows: Dataset, _config: DataConfig, _seed: int, count: int) -> list[list[int]]:
+    from flwr_datasets.partitioner import IidPartitioner  # slow to import, and a node with its own file needs none
+
+    return _parts(IidPartitioner(count), rows, count)
+
+
+def _dirichlet(rows: Dataset, config: DataConfig, seed: int, count: int) -> list[list[int]]:
+    from flwr_datasets.partitioner import DirichletPartitioner
+
+    partitioner = DirichletPartitioner(
+        num_partitions=count,
+        partition_by="label",
+        alpha=config.alpha,
+        min_partition_size=1,
+        self_balancing=config.equal_sizes,
+        seed=seed,
+    )
+    try:
+        with warnings.catch_warnings(), np.errstate(invalid="raise"):
+            warnings.simplefilter("ignore")  # it warns at every new draw, and raises after ten
+            return _parts(partitioner, rows, count)
+    except (ValueError, FloatingPointError) as error:
+        raise SpryError(
+            f"data.alpha {config.alpha} leaves some of {count} shards empty, however often it is drawn. {_FEWER}, or a "
+            "larger data.alpha."
+        ) from error
+
+
+def _natural(rows: Dataset, config: DataConfig, _seed: int, count: int) -> list[list[int]]:
+    """Whole groups, dealt to the shards in turn; the rows, and so the groups, come shuffled."""
+    key = f"data.natural-field is {config.natural_field!r}, but data.source {config.source!r} has"
+    if "group" not in rows.column_names:
+        columns = missing_field(config.natural_field, read_train(config).column_names)
+        raise SpryError(f"{key} {columns} Or set data.partition to iid or dirichlet.")
+    members: dict[str | int | None, list[int]] = defaultdict(list)
+    for row, group in zip(rows["row"], rows["group"], strict=True):
+        members[group].append(row)
+    if None in members:
+        raise SpryError(
+            f"{key} {len(members[None])} rows where it is missing, the first is row {min(members[None]) + 1}."
+        )
+    if len(members) < count:
+        raise SpryError(f"{key} {len(members)} different values for {count} nodes. {_FEWER}.")
+    groups = list(members.values())
+    return [list(chain.from_iterable(groups[index::count])) for index in range(count)]
+
+
+def _parts(partitioner: "Partitioner", rows: Dataset, count: int) -> list[list[int]]:
+    partitioner.dataset = rows
+    return [partitioner.load_partition(index)["row"][:] for index in range(count)]
+
+
+PARTITIONS: dict[str, Rule] = {"iid": _iid, "dirichlet": _dirichlet, "natural": _natural}
+
+
+def _generator(seed: int, stream: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, stream))))

@@ -1,0 +1,99 @@
+"""What the person who started a run sees of it: each round as it ends, and the summary. Judges nothing."""
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+from rich.table import Table
+
+Row = dict[str, Any]
+
+
+class RoundDisplay:
+    """A live line in a terminal; one plain line a round anywhere else."""
+
+    def __init__(self, console: Console, nodes: int) -> None:
+        self._console = console
+        self._waiting = f"Starting {nodes} devices"
+        self._first: Row | None = None
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[rest]}"),
+        )
+        self._live = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._live.add_task(self._waiting, total=None, rest="")
+
+    def show(self, row: Row) -> None:
+        """One line of metrics.jsonl."""
+        if row["round"] >= 1:  # Ray starts and models load before the first round ends: no measure of the pace
+            self._first = self._first or row
+        head, rest = f"Round {row['round']}/{row['rounds']}", describe(row, self._first)
+        if self._console.is_terminal:
+            self._live.update(self._task, description=head, completed=row["round"], total=row["rounds"], rest=rest)
+        else:
+            self._console.print(f"{head}  {rest}", soft_wrap=True, highlight=False)
+
+    def __enter__(self) -> Self:
+        if not self._console.is_terminal:
+            self._console.print(self._waiting, soft_wrap=True, highlight=False)
+        self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._live.stop()
+
+
+def describe(row: Row, first: Row | None) -> str:
+    """Loss, accuracy, MiB sent both ways, time left; `first`: the round from which the pace is measured."""
+    parts = []
+    loss = row["loss"] if row["loss"] is not None else row["train-loss"]
+    if loss is not None:
+        parts.append(f"loss {loss:.3f}")
+    if row["accuracy"] is not None:
+        parts.append(f"accuracy {row['accuracy']:.1%}")
+    if row["answered"] < row["asked"]:
+        parts.append(f"{row['answered']} of {row['asked']} devices answered")
+    if row["refused"]:
+        parts.append(f"{row['refused']} refused")
+    parts.append(f"sent {row['mib-up'] + row['mib-down']:.2f} MiB")
+    left = row["rounds"] - row["round"]
+    if first is not None and left and row["round"] > first["round"]:
+        pace_s = (row["seconds"] - first["seconds"]) / (row["round"] - first["round"])
+        parts.append(f"{clock(pace_s * left)} left")
+    return "  ".join(parts)
+
+
+def summary(result: Row, base: Path) -> Table:
+    """The closing table from result.json; paths are shown relative to `base` where they are below it."""
+    table = Table.grid(padding=(0, 2))
+    table.add_row(
+        "accuracy", f"{_percent(result['accuracy-before'])} before, {_percent(result['accuracy-after'])} after"
+    )
+    table.add_row(
+        "memory", f"{_mib(result['peak-mib'])} a client step; {_mib(result['peak-mib-backprop'])} with backprop"
+    )
+    table.add_row("time", f"{clock(result['seconds'])} for {result['rounds']} rounds")
+    for name in ("adapter", "metrics", "picture"):
+        if result.get(name):
+            path = Path(result[name])
+            table.add_row(name, str(path.relative_to(base) if path.is_relative_to(base) else path))
+    return table
+
+
+def clock(seconds: float) -> str:
+    """Minutes and seconds, 1:05."""
+    return f"{round(seconds) // 60}:{round(seconds) % 60:02d}"
+
+
+def _percent(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.1%}"
+
+
+def _mib(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.1f} MiB"

@@ -1,0 +1,93 @@
+"""From the command line to what Flower is given: run config and federation config, checked before anything starts."""
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+from flwr.common.config import flatten_dict, get_project_config, parse_config_args
+from flwr.supercore.utils import simulation_config_from_json
+
+from spry_app.config import RunConfig, Scalar
+from spry_app.errors import SpryError
+
+_LOCAL: dict[str, Callable[[Path], bool]] = {
+    "data.source": Path.is_file,
+    "data.test": Path.is_file,
+    "model.name": Path.is_dir,
+}
+"""Keys that may hold a path, and what is one; anything else is a name (on the Hub, or one of ours)."""
+_SETTING = re.compile(r"\S+?=('[^']*'|\"[^\"]*\"|\S+)")
+"""One setting on the command line, as flwr.common.config finds it."""
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What was asked for on the command line."""
+
+    app: Path
+    nodes: int
+    run_config: Sequence[str] = ()
+    federation_config: Sequence[str] = ()
+    gpus_per_client: float = 0.0
+    output_dir: Path | None = None
+    verbose: bool = False
+
+
+def run_config(simulation: Simulation) -> dict[str, Scalar]:
+    """The keys to override, checked together with pyproject.toml's, with every local path absolute.
+
+    Paths have to be: the server's working directory is an empty one, where no app's modules shadow another's.
+    """
+    try:
+        defaults = flatten_dict(get_project_config(simulation.app)["tool"]["flwr"]["app"].get("config", {}))
+    except (FileNotFoundError, ValueError) as error:
+        raise SpryError(f"No Flower app in {simulation.app}: {error}") from None
+    overrides = _parse("--run-config", simulation.run_config)
+    config = RunConfig.from_flower(defaults | overrides)
+    if simulation.nodes < config.server.min_available_nodes:
+        raise SpryError(
+            f"--nodes is {simulation.nodes}, and server.min-available-nodes is {config.server.min_available_nodes}: "
+            "the run would wait for devices that never come. Raise the one or lower the other."
+        )
+    for key, is_local in _LOCAL.items():
+        path = Path(str(overrides.get(key, ""))).expanduser()
+        if key in overrides and is_local(path):
+            overrides[key] = str(path.resolve())
+    overrides["output-dir"] = str((simulation.output_dir or Path(config.output_dir)).expanduser().resolve())
+    return overrides
+
+
+def federation_config(simulation: Simulation) -> dict[str, Scalar]:
+    """Flower's simulation settings: as many clients at once as there are cores, never more than there are nodes.
+
+    Ray sets OMP_NUM_THREADS of a client to the CPUs it is given; the server process, idle meanwhile, keeps them all.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    at_once = min(simulation.nodes, cores)
+    ours: dict[str, Scalar] = {
+        "num-supernodes": simulation.nodes,
+        "client-resources-num-cpus": cores // at_once,
+        "client-resources-num-gpus": float(simulation.gpus_per_client),
+        "init-args-num-cpus": cores // at_once * at_once,
+    }
+    merged = ours | _parse("--federation-config", simulation.federation_config)
+    try:
+        simulation_config_from_json({key.replace("-", "_"): value for key, value in merged.items()})
+    except (TypeError, ValueError) as error:
+        raise SpryError(f"--federation-config: {error}") from None
+    return merged
+
+
+def _parse(option: str, given: Sequence[str]) -> dict[str, Scalar]:
+    """As Flower does, except that Flower drops what it cannot read, such as a key without its value."""
+    if unread := " ".join(_SETTING.sub("", text).strip() for text in given if not text.endswith(".toml")).strip():
+        raise SpryError(f"{option} {' '.join(given)!r}: cannot read {unread!r}. Write 'key=value key2=\"some text\"'.")
+    try:
+        return parse_config_args(list(given))
+    except click.ClickException as error:
+        raise SpryError(f"{option} {' '.join(given)!r}: {error.format_message()}") from None
+    except (OSError, ValueError) as error:
+        raise SpryError(f"{option} {' '.join(given)!r}: {error}") from None

@@ -1,0 +1,41 @@
+"""What a federated method is: a small value made of independent choices. Nothing here computes or communicates."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from spry_app.autodiff.gradients import Gradient
+from spry_app.methods.assignment import every_unit
+from spry_app.optimizers import SERVER_OPTIMIZERS
+
+Assign = Callable[[Sequence[str], int, int], list[list[str]]]
+"""(units, number of clients, round) -> the units of each client."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One federated method: a row of the table.
+
+    gradient: how a client gets a gradient.
+    assign: which client trains which units.
+    reply: what travels up: "weights" of the trained units after local training, or only the "slopes" (scalars), from
+        which the server repeats the client's steps.
+    server_optimizer: key of optimizers.SERVER_OPTIMIZERS.
+    paper: where the method comes from.
+    """
+
+    gradient: Gradient
+    assign: Assign = every_unit
+    reply: Literal["weights", "slopes"] = "weights"
+    server_optimizer: str = "average"
+    paper: str
+
+    def __post_init__(self) -> None:
+        if self.reply == "slopes" and self.gradient.slopes is None:
+            raise ValueError(
+                f'reply="slopes" needs a gradient made of slopes; {self.gradient.name} has none: use "weights".'
+            )
+        if self.server_optimizer not in SERVER_OPTIMIZERS:
+            raise ValueError(f"server_optimizer={self.server_optimizer!r}; known: {', '.join(SERVER_OPTIMIZERS)}.")
+        if not self.paper:
+            raise ValueError("A Method names its source: paper must not be empty.")

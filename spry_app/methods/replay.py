@@ -1,0 +1,30 @@
+"""The update that scalars stand for: client and server both come here, so they get the same bits."""
+
+from collections.abc import Sequence
+
+from spry_app.autodiff.directions import Seed, Tensors, weighted_sum
+from spry_app.config import ClientConfig
+from spry_app.methods.method import Method
+from spry_app.optimizers import CLIENT_OPTIMIZERS, NamedOptimizer, Rule
+
+
+def client_rule(config: ClientConfig) -> Rule:
+    """The local optimizer that the run config asks for."""
+    return Rule(config.optimizer, config.learning_rate, weight_decay=config.weight_decay)
+
+
+def local_steps(method: Method, config: ClientConfig) -> int:
+    """Local steps a round where their number is fixed; 0 where it follows from the epochs and the shard."""
+    return config.local_steps or (1 if method.reply == "slopes" else 0)
+
+
+def replay(start: Tensors, slopes: Sequence[Sequence[float]], seed: Seed, rule: Rule) -> Tensors:
+    """Repeat a client's local steps from what it measured (SPRY's per-iteration mode, arXiv:2405.15551).
+
+    start: the client's tensors before its first step. slopes: K numbers for each of the T steps. seed: of step 0.
+    """
+    optimizer = NamedOptimizer(start, CLIENT_OPTIMIZERS, rule)
+    for step, measured in enumerate(slopes):
+        at = Seed(run=seed.run, round=seed.round, client=seed.client, step=seed.step + step)
+        optimizer.step(weighted_sum(measured, at, start))
+    return optimizer.tensors

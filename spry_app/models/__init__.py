@@ -1,0 +1,10 @@
+"""Models: load and quantise a checkpoint, attach a PEFT adapter, name its units. No training, no messages."""
+
+import logging
+
+# On import, bitsandbytes recommends a package that downloads kernels; the layers here do not use them.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+from spry_app.models.adapted import AdaptedModel, load_model, save_adapter  # noqa: E402
+
+__all__ = ["AdaptedModel", "load_model", "save_adapter"]

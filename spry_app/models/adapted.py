@@ -1,0 +1,108 @@
+"""A loaded model with its adapter: read, replace and save what is trained. Losses and gradients live elsewhere."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+from torch.func import functional_call
+from transformers import PreTrainedTokenizerBase
+
+from spry_app.config import AdapterConfig, ModelConfig
+from spry_app.models.adapter import attach
+from spry_app.models.checkpoint import find_device, load_checkpoint
+from spry_app.models.fingerprint import fingerprint
+from spry_app.models.randomness import seeded
+from spry_app.models.sources import public_name
+from spry_app.models.units import Units, group
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class AdaptedModel:
+    """A model in eval mode whose own parameters never ask for gradients: derivatives flow through `logits(params)`."""
+
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    units: Units
+    """Unit name -> names of its trainable tensors; by depth, "head" last."""
+    fingerprint: str
+    device: torch.device
+
+    def tensors(self) -> Tensors:
+        """Every trainable tensor, fp32 copies on the CPU."""
+        return {
+            name: self.model.get_parameter(name).detach().to("cpu", torch.float32, copy=True)
+            for names in self.units.values()
+            for name in names
+        }
+
+    @torch.no_grad()
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write them into the model; names not given stay as they are. Shapes must be the model's."""
+        for name, tensor in tensors.items():
+            parameter = self.model.get_parameter(name)
+            assert parameter.shape == tensor.shape, f"{name} is {tuple(tensor.shape)}, not {tuple(parameter.shape)}"
+            parameter.copy_(tensor)
+
+    def logits(self, params: Mapping[str, Tensor], inputs: Mapping[str, Tensor], dropout: int | None = None) -> Tensor:
+        """Shape (batch, labels), fp32, with `params` in place of the parameters of those names.
+
+        Duals and gradients pass through. `dropout` seeds LoRA's dropout masks, so that equal seeds give one
+        deterministic function to differentiate; None leaves dropout out.
+        """
+        own = {name: self.model.get_parameter(name) for name in params}
+        placed = {name: tensor.to(own[name].device, own[name].dtype) for name, tensor in params.items()}
+        batch = {name: tensor.to(self.device) for name, tensor in inputs.items() if name != "labels"}
+        with self._dropout(dropout):
+            logits: Tensor = functional_call(self.model, placed, kwargs=batch, tie_weights=False).logits
+        return logits.float()
+
+    @contextmanager
+    def _dropout(self, seed: int | None) -> Iterator[None]:
+        if seed is None:
+            yield
+            return
+        layers: list[Any] = [
+            module.lora_dropout for module in self.model.modules() if isinstance(module, BaseTunerLayer)
+        ]
+        for layer in layers:
+            layer.train()
+        try:
+            with seeded(seed, self.device):
+                yield
+        finally:
+            for layer in layers:
+                layer.eval()
+
+
+def load_model(model: ModelConfig, adapter: AdapterConfig, num_labels: int, seed: int, path: str = "") -> AdaptedModel:
+    """Load, quantise, adapt. `path` is a node's own copy, taken instead of model.name.
+
+    Whatever the checkpoint lacks and LoRA's first factors are drawn from `seed` alone, the same on every node.
+    Raises SpryError for a model, device, quantiser or target that is not to be had.
+    """
+    device = find_device(model.device)
+    with seeded(seed, device):
+        base = load_checkpoint(model, num_labels, device, path)
+        identity = fingerprint(base.model, base.head)
+        adapted = attach(base.model, adapter, base.head, public_name(model.name), model.revision)
+    adapted.eval()
+    units = group(adapted)
+    # A parameter that asks for gradients makes backprop keep the graph of units that this node does not train.
+    adapted.requires_grad_(False)
+    return AdaptedModel(adapted, base.tokenizer, units, identity, device)
+
+
+def save_adapter(adapted: AdaptedModel, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Write `tensors` into the model, then adapter and tokenizer into `folder` for `peft.PeftModel.from_pretrained`."""
+    adapted.load_tensors(tensors)
+    # "auto" would ask the Hub whether the vocabulary of the base model has grown.
+    adapted.model.save_pretrained(str(folder), save_embedding_layers=False)
+    adapted.tokenizer.save_pretrained(str(folder))

@@ -1,0 +1,170 @@
+"""Load and quantise a checkpoint for sequence classification; adapters are attached elsewhere."""
+
+import importlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from spry_app.config import ModelConfig
+from spry_app.errors import SpryError
+from spry_app.models.sources import EMBEDDED, find
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_QUANTIZERS: dict[str, dict[str, Any]] = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+    "int8": {"load_in_8bit": True},
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A frozen model in eval mode; `head` names its children outside the backbone."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    head: tuple[str, ...]
+
+
+def load_checkpoint(config: ModelConfig, num_labels: int, device: torch.device, path: str = "") -> Checkpoint:
+    """Load `path`, or else `config.name`. Weights the checkpoint lacks are drawn from torch's global generator."""
+    location = find(config.name, path)
+    quantizer = _quantizer(config)
+    with _quiet(), _explained(config, location):
+        settings = AutoConfig.from_pretrained(
+            location, revision=config.revision or None, num_labels=num_labels, trust_remote_code=False
+        )
+        if getattr(settings, "quantization_config", None):
+            raise ValueError("it is quantised already; take the full checkpoint and set model.quantization")
+        tokenizer = AutoTokenizer.from_pretrained(location, revision=config.revision or None, trust_remote_code=False)
+        _pad(tokenizer, settings)
+        head = _head(settings)
+        if quantizer is not None:
+            quantizer.llm_int8_skip_modules = list(head)
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            location,
+            revision=config.revision or None,
+            config=settings,
+            dtype=_DTYPES[config.dtype],
+            quantization_config=quantizer,
+            # bitsandbytes quantises on the device; the rest is drawn on the CPU, where all nodes draw the same.
+            device_map={"": device if quantizer is not None else "cpu"},
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            trust_remote_code=False,
+        )
+    _warn_of_random_weights(report, head)
+    model.eval().requires_grad_(False)
+    if quantizer is None:
+        model.to(device)
+    else:
+        importlib.import_module("spry_app.models.quantized").pass_tangents(model)
+    return Checkpoint(model, tokenizer, head)
+
+
+def find_device(name: str) -> torch.device:
+    """ "auto" is the first GPU, or else the CPU. Raises SpryError if there is no such device."""
+    cuda = torch.cuda.is_available()
+    if name == "auto":
+        return torch.device("cuda", 0) if cuda else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise SpryError(f'model.device is {name!r}; allowed are "auto", "cpu", "cuda" and "cuda:<index>".')
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise SpryError(f'model.device is {name!r}, and torch finds no such GPU here; set it to "auto" or "cpu".')
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+def _quantizer(config: ModelConfig) -> BitsAndBytesConfig | None:
+    if config.quantization == "none":
+        return None
+    try:
+        importlib.import_module("bitsandbytes")
+    except ImportError as error:
+        raise SpryError(
+            f"model.quantization is {config.quantization!r}, which needs bitsandbytes ({error}). "
+            'Run `pip install bitsandbytes`, or set model.quantization to "none".'
+        ) from error
+    row = _QUANTIZERS[config.quantization]
+    return BitsAndBytesConfig(bnb_4bit_compute_dtype=_DTYPES[config.dtype], **row)  # type: ignore[no-untyped-call]
+
+
+def _pad(tokenizer: PreTrainedTokenizerBase, settings: PreTrainedConfig) -> None:
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token is None:
+        raise ValueError("its tokenizer has no padding, end-of-text or unknown token to pad with")
+    settings.pad_token_id = tokenizer.pad_token_id
+    settings.use_cache = False
+
+
+def _head(settings: PreTrainedConfig) -> tuple[str, ...]:
+    with torch.device("meta"):
+        skeleton = AutoModelForSequenceClassification.from_config(settings, trust_remote_code=False)  # type: ignore[no-untyped-call]
+    head = tuple(
+        name
+        for name, child in skeleton.named_children()
+        if child is not skeleton.base_model and any(True for _ in child.parameters())
+    )
+    if skeleton.base_model is skeleton or not head:
+        raise ValueError("its architecture has no classification head of its own beside a backbone")
+    return head
+
+
+def _warn_of_random_weights(report: dict[str, Any], head: tuple[str, ...]) -> None:
+    names = {*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])}
+    unexpected = sorted(name for name in names if name.split(".")[0] not in head)
+    if unexpected:
+        shown = ", ".join(unexpected[:5]) + (", ..." if len(unexpected) > 5 else "")
+        logger.warning(
+            "The checkpoint lacks %d tensors below the head (%s). They are random, stay so, and are not part of the "
+            "saved adapter.",
+            len(unexpected),
+            shown,
+        )
+
+
+@contextmanager
+def _explained(config: ModelConfig, location: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise SpryError(
+            f"model.name is {config.name!r}: no sequence-classification model could be loaded from {location!r} "
+            f"({reason}). Allowed are a Hub name (owner/name, with model.revision if wanted), a local folder with "
+            f"config.json, weights and tokenizer, or one of: {', '.join(EMBEDDED)}."
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars, no report of the missing head, which is expected."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -1,0 +1,47 @@
+"""A model, a task and some rows, as a function of the trainable tensors; and its score. Used by client and server."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from spry_app.autodiff.directions import Seed, Tensors
+from spry_app.autodiff.slopes import Objective, Part
+from spry_app.models import AdaptedModel
+from spry_app.protocol import Score
+from spry_app.tasks import classification
+from spry_app.tasks.classification import Encoded
+
+
+def objective(adapted: AdaptedModel, rows: Encoded, indices: Sequence[int], seed: Seed) -> Objective:
+    """Mean loss of some rows: a deterministic function, since its dropout masks depend on `seed` alone."""
+    inputs = rows.batch(indices)
+    labels = inputs.pop("labels")
+    masks = hash((seed.run, seed.round, seed.client, seed.step)) & (2**63 - 1)
+
+    def loss_of(params: Tensors) -> Tensor:
+        logits = adapted.logits(params, inputs, dropout=masks)
+        return classification.loss(logits, labels.to(logits.device))
+
+    return loss_of
+
+
+def batch_of(adapted: AdaptedModel, rows: Encoded, indices: Sequence[int], micro_batch: int, seed: Seed) -> list[Part]:
+    """The rows as micro-batches whose weighted losses add up to the mean over all of them; 0 means one part."""
+    size = micro_batch or len(indices)
+    slices = [indices[start : start + size] for start in range(0, len(indices), size)]
+    return [Part(objective(adapted, rows, part, seed), len(part) / len(indices)) for part in slices]
+
+
+@torch.no_grad()
+def score(adapted: AdaptedModel, rows: Encoded, batch_size: int) -> Score:
+    """Loss and accuracy of the model with the tensors now loaded in it, on all rows. Nothing is trained."""
+    loss, correct = 0.0, 0
+    for start in range(0, len(rows), batch_size):
+        inputs = rows.batch(range(start, min(start + batch_size, len(rows))))
+        labels = inputs.pop("labels")
+        logits = adapted.logits({}, inputs)
+        labels = labels.to(logits.device)
+        loss += classification.loss(logits, labels).item() * len(labels)
+        correct += classification.correct(logits, labels)
+    return Score(loss=loss, correct=correct, examples=len(rows))

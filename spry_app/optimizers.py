@@ -1,0 +1,100 @@
+"""Update rules over named tensors, for clients and server alike. torch.optim where it has the rule, FedOpt's beside it.
+
+A tensor that got no gradient keeps its value and its moments. Nothing here knows rounds, clients or messages.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from spry_app.autodiff.directions import Tensors
+
+SecondMoment = Callable[[Tensor, Tensor, float], Tensor]
+"""(v, squared gradient, beta2) -> next v."""
+
+SECOND_MOMENTS: dict[str, SecondMoment] = {
+    "adagrad": lambda v, square, beta2: v + square,
+    "adam": lambda v, square, beta2: beta2 * v + (1 - beta2) * square,
+    "yogi": lambda v, square, beta2: v - (1 - beta2) * square * torch.sign(v - square),
+}
+
+
+class FedOpt(torch.optim.Optimizer):
+    """Adaptive step on a pseudo-gradient (arXiv:2003.00295, Algorithm 2): no bias correction, v starts at tau^2."""
+
+    def __init__(self, params: list[Parameter], moment: str, lr: float, beta1: float, beta2: float, tau: float) -> None:
+        super().__init__(params, {"moment": moment, "lr": lr, "beta1": beta1, "beta2": beta2, "tau": tau})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            next_moment, beta1, tau = SECOND_MOMENTS[group["moment"]], group["beta1"], group["tau"]
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                state = self.state[param]
+                if not state:
+                    state["m"], state["v"] = torch.zeros_like(param), torch.full_like(param, tau**2)
+                state["m"] = beta1 * state["m"] + (1 - beta1) * param.grad
+                state["v"] = next_moment(state["v"], param.grad.square(), group["beta2"])
+                param.sub_(group["lr"] * state["m"] / (state["v"].sqrt() + tau))
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A row of hyper-parameters: which rule, and its numbers (those that a rule has no use for are ignored)."""
+
+    name: str
+    learning_rate: float
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.99
+    tau: float = 1e-3
+
+
+def _adaptive(params: list[Parameter], rule: Rule) -> torch.optim.Optimizer:
+    return FedOpt(params, rule.name, rule.learning_rate, rule.beta1, rule.beta2, rule.tau)
+
+
+Make = Callable[[list[Parameter], Rule], torch.optim.Optimizer]
+
+CLIENT_OPTIMIZERS: dict[str, Make] = {
+    "sgd": lambda params, rule: torch.optim.SGD(params, rule.learning_rate, weight_decay=rule.weight_decay),
+    "adam": lambda params, rule: torch.optim.Adam(params, rule.learning_rate, weight_decay=rule.weight_decay),
+    "adamw": lambda params, rule: torch.optim.AdamW(params, rule.learning_rate, weight_decay=rule.weight_decay),
+}
+SERVER_OPTIMIZERS: dict[str, Make] = {
+    "average": lambda params, rule: torch.optim.SGD(params, 1.0),
+    "momentum": lambda params, rule: torch.optim.SGD(params, rule.learning_rate, momentum=rule.beta1),
+    "adagrad": _adaptive,
+    "adam": _adaptive,
+    "yogi": _adaptive,
+}
+
+
+class NamedOptimizer:
+    """A torch optimizer over named tensors (fp32, CPU), which it owns: it starts from copies of `tensors`."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], table: Mapping[str, Make], rule: Rule) -> None:
+        self._params = {name: Parameter(value.detach().clone()) for name, value in tensors.items()}
+        self._optimizer = table[rule.name](list(self._params.values()), rule)
+
+    @property
+    def tensors(self) -> Tensors:
+        """The current values, by name; shared with the optimizer, so copy what must not change."""
+        return {name: param.detach() for name, param in self._params.items()}
+
+    def step(self, gradient: Mapping[str, Tensor]) -> None:
+        """Step the tensors named in `gradient`; the others and their moments stay as they are."""
+        self._optimizer.zero_grad(set_to_none=True)
+        for name, value in gradient.items():
+            self._params[name].grad = value
+        self._optimizer.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Moments and step counts, as torch.optim has them."""
+        return self._optimizer.state_dict()

@@ -1,0 +1,45 @@
+"""Is a reply fit to be averaged? Names, shapes, finite numbers, and nothing that was not asked for."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from spry_app.protocol import Tensors, TrainReply
+
+
+def problem(reply: TrainReply, asked: Mapping[str, torch.Tensor], directions: int, steps: int) -> str:
+    """Why the reply must be refused; empty if it is fine.
+
+    asked: the tensors that the client was given to train. directions, steps: the sizes of what a per-iteration reply
+    holds (steps 0: a per-epoch reply, which holds tensors).
+    """
+    if not math.isfinite(reply.loss):
+        return f"its loss is {reply.loss}"
+    if reply.examples < 1:
+        return f"it was trained on {reply.examples} examples"
+    return _slope_problem(reply, directions, steps) if steps else _tensor_problem(reply.tensors, asked)
+
+
+def _tensor_problem(tensors: Tensors, asked: Mapping[str, torch.Tensor]) -> str:
+    missing, extra = sorted(asked.keys() - tensors.keys()), sorted(tensors.keys() - asked.keys())
+    if missing or extra:
+        return f"tensors missing: {missing or 'none'}; not asked for: {extra or 'none'}"
+    for name, value in tensors.items():
+        if value.shape != asked[name].shape or value.dtype != asked[name].dtype:
+            got, want = f"{tuple(value.shape)} {value.dtype}", f"{tuple(asked[name].shape)} {asked[name].dtype}"
+            return f"{name} is {got}, not {want}"
+        if not torch.isfinite(value).all():
+            return f"{name} has a number that is not finite"
+    return ""
+
+
+def _slope_problem(reply: TrainReply, directions: int, steps: int) -> str:
+    if reply.tensors:
+        return f"it holds {len(reply.tensors)} tensors where only scalars were asked for"
+    if len(reply.slopes) != steps or any(len(step) != directions for step in reply.slopes):
+        got = [len(step) for step in reply.slopes]
+        return f"it holds {got} slopes a step; asked for were {steps} steps of {directions}"
+    if not all(math.isfinite(slope) for step in reply.slopes for slope in step):
+        return "a slope is not finite"
+    return ""

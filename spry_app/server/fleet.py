@@ -1,0 +1,87 @@
+"""Which nodes there are and which of them can be used: waiting with a deadline, introductions, sampling."""
+
+import time
+from logging import INFO, WARNING
+
+import numpy as np
+from flwr.app import Message
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+
+from spry_app.config import ServerConfig
+from spry_app.errors import SpryError
+from spry_app.protocol import Introduction, MalformedReply, introduction_request, refusal_reason
+
+_POLL_S = 0.5
+
+
+class Fleet:
+    """The nodes of a run. A node is asked to introduce itself once, and used only if its base model is the server's."""
+
+    def __init__(self, config: ServerConfig, fingerprint: str) -> None:
+        self._config = config
+        self._fingerprint = fingerprint
+        self._introductions: dict[int, Introduction] = {}
+        self._refused: dict[int, str] = {}
+
+    def available(self, grid: Grid) -> list[int]:
+        """Connected, usable nodes, in the order of their partitions (node ids differ from run to run).
+
+        Waits for `server.min-available-nodes`; raises SpryError when fewer came in time or can be used.
+        """
+        needed = self._config.min_available_nodes
+        connected = self._wait(grid, needed)
+        self._meet(grid, [node for node in connected if node not in self._introductions and node not in self._refused])
+        usable = [node for node in connected if node in self._introductions]
+        if len(usable) < needed:
+            reasons = "\n".join(f"  node {node}: {self._refused[node]}" for node in connected if node in self._refused)
+            raise SpryError(
+                f"{len(usable)} of {len(connected)} connected nodes can be used; server.min-available-nodes is "
+                f"{needed}.\n{reasons}"
+            )
+        return sorted(usable, key=lambda node: (self._introductions[node].partition, node))
+
+    def sample(self, nodes: list[int], fraction: float, least: int, seed: tuple[int, ...]) -> list[int]:
+        """A seeded choice of `fraction` of the nodes, at least `least`, in their order."""
+        count = min(len(nodes), max(least, round(fraction * len(nodes))))
+        order = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed))).permutation(len(nodes))
+        return [nodes[index] for index in sorted(order[:count].tolist())]
+
+    def _wait(self, grid: Grid, needed: int) -> list[int]:
+        deadline = time.monotonic() + self._config.wait_timeout_s
+        while True:
+            nodes = sorted(grid.get_node_ids())
+            if len(nodes) >= needed:
+                return nodes
+            if time.monotonic() > deadline:
+                raise SpryError(
+                    f"{len(nodes)} of {needed} nodes connected within {self._config.wait_timeout_s:g} s. Start more "
+                    "nodes, or lower server.min-available-nodes, or raise server.wait-timeout-s."
+                )
+            time.sleep(_POLL_S)
+
+    def _meet(self, grid: Grid, nodes: list[int]) -> None:
+        if not nodes:
+            return
+        log(INFO, "Asking %d nodes to load their model and rows", len(nodes))
+        requests = [introduction_request(node, self._fingerprint) for node in nodes]
+        for reply in grid.send_and_receive(requests, timeout=self._config.round_timeout_s):
+            self._read(reply)
+        for node in nodes:
+            if node not in self._introductions:
+                reason = self._refused.setdefault(node, "no answer in time (server.round-timeout-s)")
+                log(WARNING, "Node %s cannot be used: %s", node, reason)
+
+    def _read(self, reply: Message) -> None:
+        node = reply.metadata.src_node_id
+        if reply.has_error():
+            self._refused[node] = reply.error.reason or f"Flower error {reply.error.code}"
+            return
+        try:
+            reason = refusal_reason(reply)
+            if reason:
+                self._refused[node] = reason
+            else:
+                self._introductions[node] = Introduction.from_message(reply)
+        except MalformedReply as error:
+            self._refused[node] = str(error)

@@ -1,0 +1,23 @@
+"""The peak memory of a client's step beside what backpropagation would take: same rows, same units, same process."""
+
+from spry_app.autodiff.directions import Seed
+from spry_app.autodiff.gradients import GRADIENTS, Gradient
+from spry_app.autodiff.memory import peak_mib
+from spry_app.config import RunConfig
+from spry_app.methods import Method
+from spry_app.models import AdaptedModel
+from spry_app.objectives import batch_of
+from spry_app.tasks.classification import Encoded
+
+
+def step_peaks(adapted: AdaptedModel, rows: Encoded, config: RunConfig, method: Method) -> dict[str, float]:
+    """MiB above the loaded model at the worst moment of one step on all units, for "run" and for "backprop"."""
+    client = config.client
+    indices = range(min(client.batch_size, len(rows)))
+    seed, tensors = Seed(run=config.seed, round=0, client=0, step=0), adapted.tensors()
+    batch = batch_of(adapted, rows, indices, client.micro_batch, seed)
+
+    def peak(gradient: Gradient) -> float:
+        return peak_mib(lambda: gradient.estimate(batch, tensors, seed, client.directions), adapted.device)
+
+    return {"run": peak(method.gradient), "backprop": peak(GRADIENTS["backprop"])}

@@ -1,0 +1,98 @@
+"""What a run writes down: metrics.jsonl, a line a round, and one line in the log. Computes nothing about learning."""
+
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from logging import INFO
+from pathlib import Path
+
+from flwr.common.logger import log
+
+from spry_app.config import RunConfig
+from spry_app.protocol import Score
+
+MIB = 2**20
+
+
+@dataclass
+class Round:
+    """One line of metrics.jsonl. None: not measured in this round.
+
+    loss, accuracy: of the global model on rows that no client trained on (generalised). train_loss: mean over the
+    clients' batches. personalised_accuracy: of clients after their local training, on their held-out rows. mib_up,
+    mib_down: since the start, as serialised. seconds: since the start. peak_mib: largest first step of a client.
+    asked, answered, refused: clients; refused replies were not used.
+    """
+
+    round: int
+    rounds: int
+    loss: float | None = None
+    accuracy: float | None = None
+    train_loss: float | None = None
+    personalised_accuracy: float | None = None
+    mib_up: float = 0.0
+    mib_down: float = 0.0
+    seconds: float = 0.0
+    peak_mib: float | None = None
+    asked: int = 0
+    answered: int = 0
+    refused: int = 0
+    reasons: list[str] = field(default_factory=list)
+
+    def as_json(self) -> str:
+        return json.dumps({name.replace("_", "-"): value for name, value in asdict(self).items()})
+
+
+class Recorder:
+    """Collects a round while it runs and writes it when it ends."""
+
+    def __init__(self, folder: Path, config: RunConfig) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(config.flat(), indent=2) + "\n")
+        self.metrics_path = folder / "metrics.jsonl"
+        self.rounds: list[Round] = []
+        self._total = config.num_server_rounds
+        self._start = time.monotonic()
+        self._bytes_up = self._bytes_down = 0
+        self.current = Round(0, self._total)
+        self.score: Score | None = None
+
+    def begin(self, round_: int) -> None:
+        self.current, self.score = Round(round_, self._total), None
+
+    def sent(self, size_bytes: int) -> None:
+        self._bytes_down += size_bytes
+
+    def received(self, size_bytes: int) -> None:
+        self._bytes_up += size_bytes
+
+    def refuse(self, node: int, reason: str) -> None:
+        """Count a reply that was not used, and say why."""
+        self.current.refused += 1
+        self.current.reasons.append(f"node {node}: {reason}")
+        log(INFO, "Reply of node %s refused: %s", node, reason)
+
+    def end(self, score: Score | None) -> None:
+        """Close the round with the global model's score: the server's, else the clients', else none."""
+        now, score = self.current, score or self.score
+        if score is not None and score.examples:
+            now.loss, now.accuracy = score.loss / score.examples, score.correct / score.examples
+        now.mib_up, now.mib_down = self._bytes_up / MIB, self._bytes_down / MIB
+        now.seconds = time.monotonic() - self._start
+        self.rounds.append(now)
+        with self.metrics_path.open("a") as file:
+            file.write(now.as_json() + "\n")
+        log(INFO, "%s", self._sentence(now))
+
+    def _sentence(self, now: Round) -> str:
+        shown = {
+            "loss": now.loss if now.loss is not None else now.train_loss,
+            "accuracy": now.accuracy,
+            "personalised": now.personalised_accuracy,
+        }
+        numbers = "".join(f"  {name} {value:.4f}" for name, value in shown.items() if value is not None)
+        left = now.seconds / now.round * (now.rounds - now.round) if now.round else 0.0
+        return (
+            f"round {now.round}/{now.rounds}{numbers}  clients {now.answered}/{now.asked}  "
+            f"sent {now.mib_down:.2f} MiB  received {now.mib_up:.2f} MiB  {left:.0f} s left"
+        )

@@ -1,0 +1,101 @@
+"""A run from its config to its result: load, federate, evaluate, save. The rounds themselves are the Strategy's."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+from flwr.app import ArrayRecord, Context, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from spry_app.autodiff.directions import Tensors
+from spry_app.config import RunConfig
+from spry_app.data import label_names, load_corpus
+from spry_app.errors import SpryError
+from spry_app.methods import get_method, load_object
+from spry_app.models import AdaptedModel, load_model, save_adapter
+from spry_app.objectives import score
+from spry_app.protocol import Score, from_arrays, to_arrays
+from spry_app.server.memory import step_peaks
+from spry_app.server.picture import draw
+from spry_app.server.record import Recorder
+from spry_app.server.strategy import SpryStrategy
+from spry_app.tasks import classification
+from spry_app.tasks.classification import Encoded
+
+_EVALUATION_BATCH = 32
+
+
+def run(grid: Grid, context: Context) -> None:
+    """Everything a run does. Raises (never exits) where it fails, so that Flower marks the run as failed."""
+    config = RunConfig.from_flower(context.run_config)
+    method = get_method(config.method, config.gradient, config.server.optimizer)
+    strategy_class = _strategy_class(config.strategy)
+    adapted = load_model(config.model, config.adapter, len(label_names(config.data)), config.seed)
+    test = _test_rows(config, adapted)
+    folder = Path(config.output_dir).expanduser().resolve() / str(context.run_id)
+    recorder = Recorder(folder, config)
+    strategy = strategy_class(
+        config=config,
+        method=method,
+        units=adapted.units,
+        tensors=adapted.tensors(),
+        fingerprint=adapted.fingerprint,
+        recorder=recorder,
+        score_on_clients=test is None,
+    )
+
+    def evaluate(round_: int, arrays: ArrayRecord) -> MetricRecord | None:
+        """Central evaluation after each round; closes the round's record."""
+        due = round_ % config.server.evaluate_every == 0 or round_ == config.num_server_rounds
+        result = _score(adapted, test, from_arrays(arrays)) if due and test is not None else None
+        recorder.end(result)
+        return MetricRecord({"accuracy": result.correct / result.examples}) if result else None
+
+    tensors = adapted.tensors()
+    result = strategy.start(
+        grid,
+        to_arrays(tensors),
+        num_rounds=config.num_server_rounds,
+        timeout=config.server.round_timeout_s,
+        evaluate_fn=evaluate,
+    )
+    save_adapter(adapted, from_arrays(result.arrays) if result.arrays else tensors, folder / "adapter")
+    draw(recorder.rounds, folder / "picture.png", title=f"{config.method} on {config.data.source}")
+    _write_result(folder, recorder, step_peaks(adapted, test, config, method) if test is not None else {})
+
+
+def _strategy_class(path: str) -> Callable[..., Strategy]:
+    if not path:
+        return SpryStrategy
+    found = load_object(path, "strategy")
+    if not (isinstance(found, type) and issubclass(found, Strategy)):
+        raise SpryError(f"strategy={path!r} is not a class derived from flwr.serverapp.strategy.Strategy.")
+    return cast(Callable[..., Strategy], found)
+
+
+def _test_rows(config: RunConfig, adapted: AdaptedModel) -> Encoded | None:
+    test = load_corpus(config.data).test
+    return None if test is None else classification.encode(test, adapted.tokenizer, config.data.max_length)
+
+
+def _score(adapted: AdaptedModel, rows: Encoded, tensors: Tensors) -> Score:
+    adapted.load_tensors(tensors)
+    return score(adapted, rows, _EVALUATION_BATCH)
+
+
+def _write_result(folder: Path, recorder: Recorder, peaks: dict[str, float]) -> None:
+    scored = [line for line in recorder.rounds if line.accuracy is not None]
+    result: dict[str, Any] = {
+        "accuracy-before": scored[0].accuracy if scored else None,
+        "accuracy-after": scored[-1].accuracy if scored else None,
+        "peak-mib": peaks.get("run"),
+        "peak-mib-backprop": peaks.get("backprop"),
+        "rounds": recorder.rounds[-1].round,
+        "seconds": recorder.rounds[-1].seconds,
+        "adapter": str(folder / "adapter"),
+        "metrics": str(recorder.metrics_path),
+        "picture": str(folder / "picture.png"),
+    }
+    (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")

@@ -1,0 +1,129 @@
+"""A whole federation in one process: the real ClientApp on tiny models, every message through Flower's protobuf."""
+
+import itertools
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import Context, Message, RecordDict
+from flwr.common.serde import message_from_proto, message_to_proto
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+from client_app import app as client_app
+from spry_app.config import RunConfig
+from spry_app.data import label_names
+from spry_app.methods import get_method
+from spry_app.models import AdaptedModel, load_model
+from spry_app.protocol import to_arrays
+from spry_app.server.record import Recorder
+from spry_app.server.strategy import SpryStrategy
+
+Tamper = Callable[[int, Message], Message | None]
+WORDS = ("good", "great", "fine", "happy", "bad", "awful", "poor", "sad", "film", "plot", "the", "a", "was", "very")
+
+
+def make_checkpoint(folder: Path, seed: int = 0) -> Path:
+    """A BERT of 2 layers and 32 hidden numbers with a word tokenizer, saved as a checkpoint."""
+    vocabulary = {word: index for index, word in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS))}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=32,
+    )
+    model = BertForSequenceClassification(config)
+    generator = torch.Generator().manual_seed(seed)
+    for name, value in model.named_parameters():
+        if value.dim() > 1:
+            value.data.normal_(0.0, 0.2, generator=generator)
+        elif "LayerNorm.weight" not in name:
+            value.data.zero_()
+    model.save_pretrained(folder)
+    return folder
+
+
+def make_rows(path: Path, rows: int, offset: int = 0) -> Path:
+    """Sentences whose label is whether the adjective praises; balanced, and different for each offset."""
+    lines = []
+    for index in range(offset, offset + rows):
+        good = index % 2
+        adjective = WORDS[(index // 2) % 4 + (0 if good else 4)]
+        text = f"{WORDS[10 + index % 2]} {WORDS[8 + index // 3 % 2]} was {'very ' * (index // 5 % 3)}{adjective}"
+        lines.append(json.dumps({"text": text, "label": good, "user": f"u{index % 7}"}))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+class LocalGrid:
+    """Flower's Grid as a strategy sees it. `tamper(partition, reply)` may change a reply or lose it (None)."""
+
+    def __init__(self, clients: int, run_config: dict[str, Any], first_id: int = 100, tamper: Tamper | None = None):
+        self.tamper = tamper
+        self.contexts = {
+            first_id + 7 * index: Context(
+                run_id=1,
+                node_id=first_id + 7 * index,
+                node_config={"partition-id": index, "num-partitions": clients},
+                state=RecordDict(),
+                run_config=run_config,
+            )
+            for index in range(clients)
+        }
+        self._ids = itertools.count()
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self.contexts)
+
+    def send_and_receive(self, messages: Iterable[Message], timeout: float | None = None) -> Iterable[Message]:
+        replies = [self._deliver(message) for message in messages]
+        return [reply for reply in reversed(replies) if reply is not None]  # arrival order is not sending order
+
+    def _deliver(self, message: Message) -> Message | None:
+        message.metadata.__dict__["_message_id"] = f"message-{next(self._ids)}"
+        context = self.contexts[message.metadata.dst_node_id]
+        reply = client_app(message_from_proto(message_to_proto(message)), context)
+        reply = message_from_proto(message_to_proto(reply))
+        partition = int(context.node_config["partition-id"])
+        return self.tamper(partition, reply) if self.tamper and message.metadata.message_type == "train" else reply
+
+
+class Federation:
+    """A config, its model, its strategy and its record, ready to `start()`."""
+
+    def __init__(self, folder: Path, run_config: dict[str, Any]) -> None:
+        self.run_config = run_config
+        self.config = RunConfig.from_flower(run_config)
+        self.adapted: AdaptedModel = load_model(
+            self.config.model, self.config.adapter, len(label_names(self.config.data)), self.config.seed
+        )
+        self.recorder = Recorder(folder, self.config)
+        config = self.config
+        self.strategy = SpryStrategy(
+            config=config,
+            method=get_method(config.method, config.gradient, config.server.optimizer),
+            units=self.adapted.units,
+            tensors=self.adapted.tensors(),
+            fingerprint=self.adapted.fingerprint,
+            recorder=self.recorder,
+            score_on_clients=True,
+        )
+
+    def start(self, clients: int, rounds: int | None = None, **grid: Any) -> LocalGrid:
+        local = LocalGrid(clients, self.run_config, **grid)
+        self.strategy.start(
+            local,  # type: ignore[arg-type]
+            to_arrays(self.strategy.snapshot()),
+            num_rounds=rounds or self.config.num_server_rounds,
+            evaluate_fn=lambda round_, arrays: self.recorder.end(None),
+        )
+        return local

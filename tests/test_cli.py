@@ -1,0 +1,89 @@
+"""The `spry` command refuses what it cannot run before it starts anything, and says which key to change."""
+
+from pathlib import Path
+
+import psutil
+import pytest
+from typer.testing import CliRunner
+
+from spry_app.cli import app
+from spry_app.errors import SpryError
+from spry_app.launcher.settings import Simulation, federation_config, run_config
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--run-config", "client.learning_rate=0.1"], "Did you mean 'client.learning-rate'?"),
+        (["--run-config", "client.directions=0"], "greater than or equal to 1"),
+        (["--run-config", "seed=1", "--run-config", "seed"], "cannot read 'seed'"),
+        (["--run-config", "seed = 1"], "cannot read 'seed = 1'"),
+        (["--run-config", "data.source=mine"], "invalid format"),
+        (["--run-config", "missing.toml"], "No such file"),
+        (["--federation-config", "num-supernode=3"], "num_supernode"),
+        (["--federation-config", 'num-supernodes="three"'], "--federation-config"),
+        (["--nodes", "1"], "server.min-available-nodes is 2"),
+        (["--nodes", "0"], "--nodes"),
+    ],
+)
+def test_bad_input_is_refused_with_2_before_anything_starts(arguments: list[str], sentence: str) -> None:
+    before = psutil.Process().children(recursive=True)
+    result = CliRunner().invoke(app, ["run", str(ROOT), *arguments])
+    assert result.exit_code == 2, result.output
+    assert sentence in " ".join(result.output.split())
+    assert psutil.Process().children(recursive=True) == before
+
+
+def test_a_folder_without_an_app_is_refused(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["run", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "Cannot find pyproject.toml" in result.output
+
+
+def test_settings_come_from_a_file_as_from_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('seed = 3\n[client]\nlearning-rate = 0.5\n[data]\ntext-field = "a b"\n')
+    from_file = run_config(Simulation(ROOT, 10, [str(path)]))
+    from_line = run_config(Simulation(ROOT, 10, ["seed=3 client.learning-rate=0.5", "data.text-field='a b'"]))
+    assert from_file == from_line
+    assert from_line["data.text-field"] == "a b"
+
+
+def test_local_paths_become_absolute_and_names_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server works in an empty directory, where a relative path means nothing."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.csv").touch()
+    (tmp_path / "bert").mkdir()
+    names = 'data.source="rows.csv" data.test="test" model.name="bert"'
+    assert run_config(Simulation(ROOT, 10, [names])) == {
+        "data.source": str(tmp_path / "rows.csv"),
+        "data.test": "test",
+        "model.name": str(tmp_path / "bert"),
+        "output-dir": str(tmp_path / "outputs"),
+    }
+    assert run_config(Simulation(ROOT, 10, output_dir=Path("elsewhere")))["output-dir"] == str(tmp_path / "elsewhere")
+
+
+def test_no_more_clients_work_at_once_than_there_are_nodes_or_cores() -> None:
+    for nodes in (1, 2, 1000):
+        config = federation_config(Simulation(ROOT, nodes))
+        assert config["num-supernodes"] == nodes
+        at_once = config["init-args-num-cpus"] // config["client-resources-num-cpus"]
+        assert 1 <= at_once <= nodes
+        assert config["init-args-num-cpus"] <= psutil.cpu_count()
+
+
+def test_a_given_federation_config_wins() -> None:
+    config = federation_config(Simulation(ROOT, 10, federation_config=["client-resources-num-cpus=3"]))
+    assert config["client-resources-num-cpus"] == 3
+    with pytest.raises(SpryError, match="num_cores"):
+        federation_config(Simulation(ROOT, 10, federation_config=["num-cores=3"]))
+
+
+def test_help_and_version() -> None:
+    for arguments in (["--help"], ["run", "--help"]):
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, result.output
+    assert "--run-config" in result.output

@@ -1,0 +1,63 @@
+"""Bad configuration is refused in plain words, before anything is loaded."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from spry_app.config import RunConfig, keys
+from spry_app.errors import SpryError
+
+PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
+
+
+@pytest.mark.parametrize(
+    ("flat", "sentence"),
+    [
+        ({"metod": "spry"}, "Unknown run-config key 'metod'. Did you mean 'method'?"),
+        ({"client.learning_rate": 0.1}, "Did you mean 'client.learning-rate'?"),
+        ({"directions": 2}, "Did you mean 'client.directions'?"),
+        ({"zzz": 2}, "Known keys are listed in pyproject.toml."),
+        ({"client.learning-rate": "high"}, "'client.learning-rate' is 'high': input should be a valid number."),
+        ({"client.learning-rate": -1.0}, "greater than 0"),
+        ({"client.directions": 0}, "greater than or equal to 1"),
+        ({"client.directions": 1.5}, "valid integer"),
+        ({"seed": True}, "valid integer"),
+        ({"model.quantization": "nf5"}, "'none', 'nf4', 'fp4' or 'int8'"),
+        ({"data.holdout": 1.0}, "less than 1"),
+        ({"client.micro-batch": 9, "client.batch-size": 8}, "client.micro-batch (9) is larger"),
+    ],
+)
+def test_a_bad_key_is_named_with_what_is_allowed(flat: dict, sentence: str) -> None:
+    with pytest.raises(SpryError) as caught:
+        RunConfig.from_flower(flat)
+    assert sentence in str(caught.value)
+
+
+def test_every_wrong_key_is_named_at_once() -> None:
+    with pytest.raises(SpryError, match=r"(?s)data\.holdout.*client\.directions"):
+        RunConfig.from_flower({"client.directions": 0, "data.holdout": 2.0})
+
+
+def test_a_config_survives_flowers_flat_form() -> None:
+    config = RunConfig.from_flower({"client.learning-rate": 1, "model.name": "x", "adapter.rank": 4})
+    assert config.client.learning_rate == 1.0
+    assert RunConfig.from_flower(config.flat()) == config
+
+
+def test_every_key_says_what_it_means() -> None:
+    assert all("-" not in key.split(".")[-1] or "_" not in key for key, _ in keys())
+    assert len(dict(keys())) == len(RunConfig.defaults())
+
+
+def test_pyproject_lists_every_key_with_its_default() -> None:
+    def flatten(table: dict, prefix: str = "") -> dict:
+        flat: dict = {}
+        for name, value in table.items():
+            flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        return flat
+
+    listed = flatten(tomllib.loads(PYPROJECT.read_text())["tool"]["flwr"]["app"]["config"])
+    defaults = RunConfig.defaults()
+    assert listed == defaults
+    assert {key: type(value) for key, value in listed.items()} == {k: type(v) for k, v in defaults.items()}

@@ -1,0 +1,376 @@
+"""Rows on their way in: sources, columns, labels, shards. The embedded words are in test_household."""
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spry_app.config import DataConfig
+from spry_app.data import batches, label_names, load_corpus, load_shard
+from spry_app.data.household import INTENTS
+from spry_app.data.partition import shards
+from spry_app.errors import SpryError
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+Row = dict[str, Any]
+Write = Callable[..., str]
+
+ROWS: list[Row] = [
+    {"text": f"sentence {number}", "label": number % 3, "user": f"u{number * number % 11}"} for number in range(120)
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def sentences(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write(tmp_path_factory.mktemp("rows") / "rows.jsonl", ROWS)
+
+
+def write(path: Path, rows: list[Row]) -> str:
+    table = datasets.Dataset.from_list(rows)
+    {".jsonl": table.to_json, ".csv": table.to_csv, ".parquet": table.to_parquet}[path.suffix](str(path))
+    return str(path)
+
+
+def local(source: str, **keys: Any) -> DataConfig:
+    return DataConfig(source=source, **{"partition": "iid", "natural_field": "user", **keys})
+
+
+# Sources
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".csv", ".parquet"])
+def test_a_local_file_comes_back_as_it_was_written(tmp_path: Path, ending: str) -> None:
+    rows = [{"said": 'a "quoted", word', "kind": 1}, {"said": "NA", "kind": 0}, {"said": "naïve ünïcode", "kind": 2}]
+    corpus = load_corpus(local(write(tmp_path / f"rows{ending}", rows), text_field="said", label_field="kind"))
+    assert corpus.train["text"][:] == [row["said"] for row in rows]
+    assert corpus.train["label"][:] == [1, 0, 2]
+    assert corpus.label_names == ("0", "1", "2") and corpus.test is None
+
+
+def test_a_json_array_is_read_as_well(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS[:5]))
+    assert load_corpus(local(str(tmp_path / "rows.json"))).train["text"][:] == [row["text"] for row in ROWS[:5]]
+
+
+def test_a_test_file_is_read_with_the_labels_of_the_training_rows(tmp_path: Path) -> None:
+    train = [{"text": "x", "label": "yes"}, {"text": "y", "label": "no"}, {"text": "z", "label": "maybe"}]
+    corpus = load_corpus(local(write(tmp_path / "a.jsonl", train), test=write(tmp_path / "b.csv", train[:1])))
+    assert corpus.label_names == ("maybe", "no", "yes")
+    assert corpus.test is not None and corpus.test["label"][:] == [2]
+
+
+def test_a_folder_is_loaded_the_way_the_hub_is(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", ROWS[:6])
+    write(tmp_path / "validation.jsonl", ROWS[6:9])
+    corpus = load_corpus(local(str(tmp_path)))
+    assert (len(corpus.train), len(corpus.test or ())) == (6, 3)
+    assert len(load_corpus(local(str(tmp_path), train_split="train[:3]", test="validation[:1]")).train) == 3
+
+
+def test_a_test_split_that_hides_its_labels_is_passed_over(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", ROWS[:6])
+    write(tmp_path / "validation.jsonl", ROWS[6:9])
+    write(tmp_path / "test.jsonl", [{**row, "label": -1} for row in ROWS[9:19]])
+    assert len(load_corpus(local(str(tmp_path))).test or ()) == 3
+    with pytest.raises(SpryError, match=r"-1 in row 1 .* from 0 to 2"):
+        load_corpus(local(str(tmp_path), test="test"))
+
+
+def test_a_source_without_a_labelled_test_split_has_no_test_set_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path / "train.jsonl", ROWS[:6])
+    assert load_corpus(local(str(tmp_path))).test is None
+    assert "no central test set" in caplog.text
+
+
+def test_the_embedded_set_brings_its_own_test_set_and_names() -> None:
+    corpus = load_corpus(DataConfig())
+    assert corpus.label_names == INTENTS == label_names(DataConfig())
+    assert corpus.train.column_names == ["text", "label", "group"]
+    assert corpus.test is not None and len(corpus.test) == 1000
+
+
+def test_a_corpus_is_read_once_a_process_and_anew_for_another_config(sentences: str) -> None:
+    assert load_corpus(local(sentences)) is load_corpus(local(sentences))
+    assert load_corpus(local(sentences, text_field="user")).train["text"][0] == ROWS[0]["user"]
+
+
+@pytest.mark.parametrize(
+    ("name", "evaluation", "keys", "classes"),
+    [
+        ("sst2", "validation", {"text_field": "sentence"}, 2),
+        ("snli", "validation", {"text_field": "premise", "text_pair_field": "hypothesis"}, 3),
+        ("ag_news", "test", {}, 4),
+    ],
+)
+def test_public_sets_load(name: str, evaluation: str, keys: Row, classes: int) -> None:
+    folder = SHARED / name
+    if not folder.exists():
+        pytest.skip(f"{folder} is not here")
+    corpus = load_corpus(local(str(folder / "train.jsonl"), test=str(folder / f"{evaluation}.jsonl"), **keys))
+    with (folder / "train.jsonl").open() as lines:
+        rows = [json.loads(line) for line in lines]
+    assert corpus.train["text"][:] == [row[keys.get("text_field", "text")] for row in rows]
+    assert ("text_pair" in corpus.train.column_names) == ("text_pair_field" in keys)
+    assert corpus.label_names == tuple(map(str, range(classes)))
+    assert len(corpus.test or ()) >= 872
+
+
+# Labels
+
+
+def test_label_names_fix_the_order_of_the_classes(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", [{"text": "x", "label": "good"}, {"text": "y", "label": "bad"}])
+    assert load_corpus(local(source)).train["label"][:] == [1, 0]
+    corpus = load_corpus(local(source, label_names="good, so-so, bad"))
+    assert corpus.train["label"][:] == [0, 2] and corpus.label_names == ("good", "so-so", "bad")
+
+
+def test_declared_class_names_are_kept_and_may_be_reordered(tmp_path: Path) -> None:
+    table = datasets.Dataset.from_list(
+        [{"text": "x", "label": 0}, {"text": "y", "label": 1}],
+        features=datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["up", "a"])}),
+    )
+    table.to_parquet(str(tmp_path / "a.parquet"))
+    assert load_corpus(local(str(tmp_path / "a.parquet"))).label_names == ("up", "a")
+    assert load_corpus(local(str(tmp_path / "a.parquet"), label_names="a,up")).train["label"][:] == [1, 0]
+
+
+def test_a_number_of_labels_leaves_room_for_classes_that_no_row_has(sentences: str) -> None:
+    assert load_corpus(local(sentences, num_labels=5)).label_names == ("0", "1", "2", "3", "4")
+
+
+# A node's own file
+
+
+def test_a_node_uses_all_rows_of_its_own_file_and_no_others(tmp_path: Path) -> None:
+    config = DataConfig(source="/nowhere/to/be/found.jsonl", num_labels=3)
+    own = write(tmp_path / "own.csv", ROWS[:10])
+    shard = load_shard(config, seed=0, index=-1, count=0, file=own)
+    assert sorted(shard.train["text"][:] + shard.heldout["text"][:]) == sorted(row["text"] for row in ROWS[:10])
+    assert len(shard.heldout) == 2
+
+
+def test_names_in_a_nodes_file_get_the_ids_that_all_nodes_share(tmp_path: Path) -> None:
+    own = write(tmp_path / "own.jsonl", [{"text": "x", "label": "sad"}] * 3)
+    shard = load_shard(DataConfig(label_names="happy,angry,sad"), 0, 0, 1, own)
+    assert shard.train["label"][:] == [2, 2]
+    with pytest.raises(SpryError, match=r"'sad' in row 1 of node-config key \"data\""):
+        load_shard(DataConfig(), 0, 0, 1, own)
+
+
+def test_a_nodes_file_without_a_shared_order_of_classes_is_refused(tmp_path: Path) -> None:
+    own = write(tmp_path / "own.jsonl", ROWS[:4])
+    with pytest.raises(SpryError, match=r"set data\.label-names, or data\.num-labels"):
+        load_shard(DataConfig(source="/nowhere/to/be/found.jsonl"), 0, 0, 1, own)
+
+
+# Shards
+
+PARTITION = st.sampled_from(["iid", "dirichlet", "natural"])
+
+
+@settings(max_examples=60, deadline=None)
+@given(partition=PARTITION, equal=st.booleans(), alpha=st.sampled_from([0.05, 1.0, 100.0]), data=st.data())
+def test_every_row_is_in_exactly_one_shard_and_no_shard_is_empty(
+    sentences: str, partition: str, equal: bool, alpha: float, data: st.DataObject
+) -> None:
+    seed, count = data.draw(st.integers(0, 2**63 - 1)), data.draw(st.integers(1, 130))
+    config = local(sentences, partition=partition, equal_sizes=equal, alpha=alpha)
+    try:
+        found = shards(config, seed, count)
+    except SpryError as error:
+        assert "nodes" in str(error) and (count > 1)
+        return
+    assert len(found) == count and all(found)
+    assert sorted(row for shard in found for row in shard) == list(range(len(ROWS)))
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**63 - 1), count=st.integers(1, 6))
+def test_a_natural_group_is_never_split(sentences: str, seed: int, count: int) -> None:
+    homes: dict[str, set[int]] = {}
+    for number, shard in enumerate(shards(local(sentences, partition="natural"), seed, count)):
+        for row in shard:
+            homes.setdefault(ROWS[row]["user"], set()).add(number)
+    assert all(len(numbers) == 1 for numbers in homes.values())
+
+
+@settings(max_examples=30, deadline=None)
+@given(holdout=st.floats(0, 0.99), seed=st.integers(0, 9), count=st.integers(1, 120), data=st.data())
+def test_held_out_rows_are_never_trained_on(
+    sentences: str, holdout: float, seed: int, count: int, data: st.DataObject
+) -> None:
+    index = data.draw(st.integers(0, count - 1))
+    config = local(sentences, holdout=holdout)
+    shard = load_shard(config, seed, index, count)
+    train, heldout = shard.train["text"][:], shard.heldout["text"][:]
+    assert sorted(train + heldout) == sorted(ROWS[row]["text"] for row in shards(config, seed, count)[index])
+    assert train and not set(train) & set(heldout)
+    assert bool(heldout) == (holdout > 0 and len(train) + len(heldout) > 1)
+
+
+@pytest.mark.parametrize("partition", ["iid", "dirichlet", "natural"])
+def test_a_shard_depends_on_seed_and_count_and_on_nothing_else(sentences: str, partition: str) -> None:
+    config = local(sentences, partition=partition)
+    first = load_shard(config, 1, 0, 4)
+    state, numpy_state = random.getstate(), str(np.random.get_state())
+    for seed, count in ((2, 4), (1, 3)):
+        assert set(shards(config, seed, count)[0]) != set(shards(config, 1, 4)[0])
+    assert load_shard(local(sentences), 1, 0, 1).heldout[:] != load_shard(local(sentences), 2, 0, 1).heldout[:]
+    shards.cache_clear()
+    load_corpus.cache_clear()
+    again = load_shard(config, 1, 0, 4)
+    assert again.train[:] == first.train[:] and again.heldout[:] == first.heldout[:]
+    assert (random.getstate(), str(np.random.get_state())) == (state, numpy_state)
+
+
+def test_a_small_alpha_makes_shards_less_alike() -> None:
+    def distance(alpha: float) -> float:
+        config = DataConfig(partition="dirichlet", alpha=alpha)
+        labels = load_corpus(config).train["label"][:]
+        overall = np.bincount(labels, minlength=12) / len(labels)
+        apart = []
+        for shard in shards(config, 0, 10):
+            own = np.bincount([labels[row] for row in shard], minlength=12) / len(shard)
+            apart.append(np.abs(own - overall).sum() / 2)
+        return float(np.mean(apart))
+
+    assert distance(0.1) > distance(1.0) + 0.1 > distance(100.0) + 0.2
+
+
+def test_equal_sizes_even_out_the_shards() -> None:
+    def spread(equal_sizes: bool) -> float:
+        config = DataConfig(partition="dirichlet", alpha=0.3, equal_sizes=equal_sizes)
+        return float(np.std([len(shard) for shard in shards(config, 0, 10)]))
+
+    assert spread(True) < 0.6 * spread(False)
+
+
+def test_three_hundred_nodes_get_a_household_each() -> None:
+    config = DataConfig()
+    groups = load_corpus(config).train["group"][:]
+    assert all(len({groups[row] for row in shard}) == 1 for shard in shards(config, 0, 300))
+
+
+# Order of batches
+
+
+@settings(max_examples=50, deadline=None)
+@given(count=st.integers(0, 200), batch_size=st.integers(1, 40), seed=st.tuples(st.integers(0, 2**63), st.integers(0)))
+def test_a_pass_visits_every_row_once_in_batches_of_the_size_asked(
+    count: int, batch_size: int, seed: tuple[int, int]
+) -> None:
+    visited = list(batches(count, batch_size, seed))
+    assert sorted(row for batch in visited for row in batch) == list(range(count))
+    assert all(len(batch) == batch_size for batch in visited[:-1])
+    assert visited == list(batches(count, batch_size, seed))
+
+
+def test_another_seed_gives_another_order() -> None:
+    orders = {str(list(batches(50, 8, seed))) for seed in [(0, 1), (1, 0), (1, 1), (0, 1, 0, 1)]}
+    assert len(orders) == 4
+
+
+# Bad input
+
+
+def bad(message: str, rows: list[Row] | None = None, **keys: Any) -> Any:
+    return pytest.param(rows or ROWS[:6], keys, message, id=message[:40])
+
+
+@pytest.mark.parametrize(
+    ("rows", "keys", "message"),
+    [
+        bad(r"data\.text-field is 'txt'.* columns text, label, user\. Did you mean 'text'\?", text_field="txt"),
+        bad(r"data\.text-pair-field is 'users'.* Did you mean 'user'\?", text_pair_field="users"),
+        bad(r"data\.label-field is 'labels'.* Did you mean 'label'\?", label_field="labels"),
+        bad(r"data\.text-field 'label' .* must hold text", text_field="label"),
+        bad(r"'text' is missing in row 2", [{"text": "a", "label": 0}, {"text": None, "label": 1}]),
+        bad(r"'label' is None in row 2", [{"text": "a", "label": 0}, {"text": "b", "label": None}, *ROWS]),
+        bad(r"'label' is 2 in row 3 .* from 0 to 1", num_labels=2),
+        bad(r"'label' is -1 in row 1", [{"text": "a", "label": -1}, *ROWS[:6]]),
+        bad(r"holds float", [{"text": "a", "label": 0.5}, {"text": "b", "label": 1.5}]),
+        bad(r"at least two are needed", [{"text": "a", "label": 0}]),
+        bad(r"is data\.label-field 'label' a label\?", [{"text": "a", "label": 123456}, *ROWS[:6]]),
+        bad(r"6 kinds of label .* data\.num-labels is 3", label_field="text", num_labels=3),
+        bad(r"'sentence 0' in row 1 .* one of x, y", label_field="text", label_names="x,y"),
+        bad(r"data\.num-labels must be their number", label_names="x,y", num_labels=3),
+        bad(r"give one class; at least two", num_labels=1),
+        bad(r"the names must differ", label_names="x,x"),
+        bad(r"data\.test is 'validation'.* leave it empty", test="validation"),
+        bad(r"data\.test is '/no/such\.csv', but there is no file", test="/no/such.csv"),
+    ],
+)
+def test_bad_columns_and_labels_are_refused_by_name(tmp_path: Path, rows: list[Row], keys: Row, message: str) -> None:
+    with pytest.raises(SpryError, match=message):
+        load_corpus(local(write(tmp_path / "rows.jsonl", rows), **keys))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("absent.jsonl", None, "there is no file .* absolute path"),
+        ("empty.jsonl", "", "is empty; it needs at least one row"),
+        ("blank.jsonl", "\n\n", "cannot be read as .jsonl: it has no rows"),
+        ("header.csv", "text,label\n", "has no rows"),
+        ("broken.jsonl", '{"text": "a", "label": 1}\nnot json\n', "cannot be read as .jsonl: JSON parse error"),
+        ("broken.parquet", "xx", "cannot be read as .parquet"),
+        ("mixed.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label": "c"}\n', "holds int, str"),
+        ("no-such-set", None, r"looked up on the Hub; check data\.source"),
+    ],
+)
+def test_an_unreadable_source_is_refused_by_name(tmp_path: Path, name: str, content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(SpryError, match=f"data\\.source.*{message}"):
+        load_corpus(local(str(tmp_path / name)))
+
+
+def test_a_test_file_without_rows_is_refused(sentences: str, tmp_path: Path) -> None:
+    (tmp_path / "test.csv").write_text("text,label\n")
+    with pytest.raises(SpryError, match=r"the test set \(data\.test .* has no rows"):
+        load_corpus(local(sentences, test=str(tmp_path / "test.csv")))
+
+
+def test_a_nodes_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "rows.txt").write_text("hello")
+    with pytest.raises(SpryError, match=r"node-config key \"data\" is .*must end in \.jsonl"):
+        load_shard(DataConfig(num_labels=2), 0, 0, 1, str(tmp_path / "rows.txt"))
+
+
+@pytest.mark.parametrize(
+    ("keys", "index", "count", "message"),
+    [
+        ({}, 3, 3, "partition-id 3 of num-partitions 3"),
+        ({}, -1, 3, "partition-id -1"),
+        ({}, 0, 121, "121 nodes cannot share the 120 rows"),
+        ({"partition": "dirichlet", "alpha": 0.01}, 0, 100, r"data\.alpha 0\.01 leaves some of 100 shards empty"),
+        ({"partition": "natural"}, 0, 50, r"data\.natural-field is 'user'.* different values for 50 nodes"),
+        ({"partition": "natural", "natural_field": "usr"}, 0, 2, r"Did you mean 'user'\? Or set data\.partition"),
+    ],
+)
+def test_a_shard_that_cannot_be_is_refused(sentences: str, keys: Row, index: int, count: int, message: str) -> None:
+    with pytest.raises(SpryError, match=message):
+        load_shard(local(sentences, **keys), 0, index, count)
+
+
+def test_a_group_that_is_missing_is_refused(tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl", [*ROWS[:3], {**ROWS[3], "user": None}])
+    with pytest.raises(SpryError, match=r"1 rows where it is missing, the first is row 4"):
+        load_shard(local(source, partition="natural"), 0, 0, 2)

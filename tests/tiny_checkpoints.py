@@ -1,0 +1,33 @@
+"""Tiny random models with a tokenizer, written to a folder as a user's own checkpoint would be. Not a test itself."""
+
+from pathlib import Path
+
+import torch
+from tiny_models import WORDS, tiny_base
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+SENTENCES = ["w5 w9 w11 w2", "w7 w8"]
+
+
+def write_checkpoint(folder: Path, family: str = "bert", pad: bool = True, seed: int = 0) -> str:
+    """A checkpoint of tiny_models' `family`; without `pad` its tokenizer knows no padding token."""
+    tiny_base(family, seed).save_pretrained(folder)
+    vocabulary = {"<unk>": 0, "<pad>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, WORDS)}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    special = {"pad_token": "<pad>"} if pad else {}
+    names = ["input_ids", "attention_mask"]
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", eos_token="</s>", model_input_names=names, **special
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+def shaken(tensors: dict[str, Tensor], scale: float = 0.3, seed: int = 0) -> dict[str, Tensor]:
+    """The tensors moved off their start, where half of LoRA is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    return {name: t + scale * torch.randn(t.shape, generator=generator) for name, t in tensors.items()}
