@@ -8,6 +8,7 @@ are started by the same commands, with addresses, certificates and keys added.
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -18,7 +19,7 @@ from flwr.common.config import parse_config_args
 from spry_app.config import Scalar
 from spry_app.errors import SpryError
 from spry_app.launcher.logs import Tail, cause
-from spry_app.launcher.processes import Processes
+from spry_app.launcher.processes import Processes, usable_cores
 from spry_app.launcher.progress import describe
 from spry_app.launcher.superlink import HOST, Outcome, SuperLink, environment, free_port, write_settings
 
@@ -38,11 +39,7 @@ def main() -> int:
         with Processes(environment(folder), neutral) as processes:
             superlink = SuperLink(processes, logs)
             superlink.start("--database", str(folder / "state.db"))
-            for index, data in enumerate(arguments.data):
-                node: dict[str, Scalar] = {"partition-id": index, "num-partitions": len(arguments.data)}
-                node["data"] = str(data.resolve())
-                if arguments.model is not None:
-                    node["model"] = str(arguments.model.resolve())
+            for index, node in enumerate(_nodes(arguments.data, arguments.model)):
                 _start_node(processes, superlink.port, folder / f"node-{index}", logs / f"node-{index}.log", node)
             run_id = superlink.submit(APP, settings, {})
             kept = output / run_id
@@ -58,12 +55,22 @@ def main() -> int:
     return 0
 
 
+def _nodes(files: list[Path], model: Path | None) -> list[dict[str, Scalar]]:
+    """The node config of each node: its number, its own rows and, if given, its own copy of the model."""
+    own: dict[str, Scalar] = {} if model is None else {"model": str(model.resolve())}
+    return [
+        {"partition-id": index, "num-partitions": len(files), "data": str(path.resolve()), **own}
+        for index, path in enumerate(files)
+    ]
+
+
 def _start_node(processes: Processes, port: int, home: Path, log: Path, settings: dict[str, Scalar]) -> None:
-    """One SuperNode with a home of its own, as it has on a machine of its own."""
+    """One SuperNode with a home of its own, as on a machine of its own, and its part of this machine's cores."""
     home.mkdir()
+    threads = os.environ.get("OMP_NUM_THREADS") or max(1, usable_cores() // int(settings["num-partitions"]))
     command = ["flower-supernode", "--insecure", "--superlink", f"{HOST}:{port}", "--port", str(free_port())]
-    node_config = write_settings(home / "node-config.toml", settings)
-    processes.start([*command, "--node-config", str(node_config)], log, FLWR_HOME=str(home))
+    command += ["--node-config", str(write_settings(home / "node-config.toml", settings))]
+    processes.start(command, log, FLWR_HOME=str(home), OMP_NUM_THREADS=str(threads))
 
 
 def _follow(superlink: SuperLink, run_id: str, metrics: Path, log: Path) -> Outcome:

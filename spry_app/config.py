@@ -98,6 +98,8 @@ class ClientConfig(_Section):
     """Examples that pass through the model at once; 0 for the whole batch. Saves memory, changes no result."""
     directions: Count = 1
     """Random directions averaged per batch (K in the papers)."""
+    directions_at_once: Count = 1
+    """Directions that share a forward pass: n cost 1 + n passes instead of 2 n, and n times the memory of one."""
 
 
 class ServerConfig(_Section):
@@ -136,6 +138,9 @@ class RunConfig(_Section):
     """How a client gets a gradient; empty for the method's own."""
     head: Literal["shared", "split"] = "shared"
     """The classification head goes to every client, or is dealt like any other unit."""
+    head_gradient: Literal["exact", "forward"] = "exact"
+    """The head's gradient where the method uses slopes: by a backward pass through the head alone (one more forward
+    pass, nothing else stored), or perturbed like every other unit, as SPRY was published."""
     num_server_rounds: Count = 60
     seed: int = Field(0, ge=0, lt=2**63)
     output_dir: str = Field("outputs", min_length=1)

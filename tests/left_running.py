@@ -23,6 +23,6 @@ def _living() -> Iterator[psutil.Process]:
 def _belongs(process: psutil.Process, folder: Path) -> bool:
     """Ray's workers write their title over their environment; they keep the directory they were started in."""
     try:
-        return process.environ().get("TMPDIR") == str(folder) or process.cwd().startswith(str(folder))
+        return bool(process.environ().get("TMPDIR") == str(folder) or process.cwd().startswith(str(folder)))
     except (psutil.NoSuchProcess, psutil.AccessDenied):
         return False

@@ -63,7 +63,7 @@ def test_a_tensor_does_not_depend_on_its_companions() -> None:
 
 
 def test_moments_are_those_of_independent_standard_normals() -> None:
-    """Each statistic within 5 standard errors; those of the mean of x, x^2, x^3, x^4 are sqrt(1, 2, 15, 96) / sqrt n."""
+    """Within 5 standard errors; those of the means of x, x^2, x^3, x^4 are sqrt(1 / n, 2 / n, 15 / n, 96 / n)."""
     n = 400_000
     x = _one(shape=(n,)).double()
     for power, (expected, deviation) in enumerate([(0, 1), (1, 2), (0, 15), (3, 96)], start=1):

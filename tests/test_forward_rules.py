@@ -10,7 +10,7 @@ import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import tiny_batch, tiny_model, trainables
+from tiny_models import MODELS, tiny_batch, tiny_model, trainables
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -30,7 +30,7 @@ def _noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
 def _evaluate(
     function: Callable[..., Tensor], tensors: dict[str, Tensor], moving: set[str], rules: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Value and tangent of function(**tensors) when those in `moving` have a tangent; without rules, the MATH kernel."""
+    """Value and tangent of function(**tensors), where those in `moving` have one; without rules, by the MATH kernel."""
     with torch.no_grad(), fwAD.dual_level(), ForwardRules() if rules else sdpa_kernel(SDPBackend.MATH):
         args = {
             name: dual(value, _noise(*value.shape, seed=50 + at).to(value.dtype) if name in moving else None)
@@ -284,17 +284,18 @@ def test_frozen_layers_cost_twice_inference_in_products() -> None:
     assert products(torch.ones_like(bias)) == 2 * inference
 
 
-def test_the_rules_reach_attention_in_stock_transformers() -> None:
-    for family in ("bert", "roberta", "distilbert", "llama", "opt"):
-        model = tiny_model(family)
-        batch = tiny_batch()
-        batch.pop("labels")
-        used = []
-        with pytest.MonkeyPatch.context() as patch, torch.no_grad(), fwAD.dual_level(), ForwardRules():
-            rule = RULES[F.scaled_dot_product_attention]
-            patch.setitem(
-                RULES, F.scaled_dot_product_attention, lambda *a, rule=rule, **k: used.append(1) or rule(*a, **k)
-            )
-            duals = {name: dual(tensor, torch.ones_like(tensor)) for name, tensor in trainables(model).items()}
-            functional_call(model, duals, kwargs=batch)
-        assert len(used) == 2, family
+@pytest.mark.parametrize("family", MODELS)
+def test_the_rules_reach_attention_in_stock_transformers(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = tiny_model(family), tiny_batch()
+    batch.pop("labels")
+    rule, used = RULES[F.scaled_dot_product_attention], []
+
+    def watch(*args: object, **kwargs: object) -> Tensor:
+        used.append(True)
+        return rule(*args, **kwargs)
+
+    monkeypatch.setitem(RULES, F.scaled_dot_product_attention, watch)
+    with torch.no_grad(), fwAD.dual_level(), ForwardRules():
+        duals = {name: dual(tensor, torch.ones_like(tensor)) for name, tensor in trainables(model).items()}
+        functional_call(model, duals, kwargs=batch)
+    assert len(used) == 2  # one a layer

@@ -58,20 +58,19 @@ def test_the_mean_of_many_estimates_is_backprops_gradient(name: str) -> None:
     steps, directions = 250, 4
     total = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in params.items()}
     for step in range(steps):
-        for tensor_name, gradient in (
-            GRADIENTS[name].estimate(batch, params, Seed(7, 0, 0, step), directions).gradient.items()
-        ):
+        estimate = GRADIENTS[name].estimate(batch, params, Seed(7, 0, 0, step), directions)
+        for tensor_name, gradient in estimate.gradient.items():
             total[tensor_name] += gradient / steps
     square = sum(g.square().sum().item() for g in truth.values())
     for tensor_name, mean in total.items():
         error = (mean - truth[tensor_name]).abs()
         standard = ((square + truth[tensor_name].square()) / (steps * directions)).sqrt()
         assert (error < 5 * standard).all(), tensor_name
-        # And the bound bites: a gradient of zero, or of half the size, would not pass for the whole.
+    # The bound bites: the whole error has the size that the theory says, and is small beside the gradient.
     flat = torch.cat([(total[n] - truth[n]).flatten() for n in total])
     expected = (square * (flat.numel() + 1) / (steps * directions)) ** 0.5
     assert 0.5 * expected < flat.norm().item() < 2 * expected
-    assert square**0.5 > 2 * expected / flat.numel() ** 0.5
+    assert expected < 0.3 * square**0.5
 
 
 def test_an_estimate_has_the_variance_of_k_independent_directions() -> None:

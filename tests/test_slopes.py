@@ -1,7 +1,5 @@
 """Slopes are directional derivatives: forward mode's exactly, those of differences to their order in h."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +13,7 @@ from spry_app.autodiff.slopes import (
     ForwardModeError,
     Objective,
     Part,
+    SlopeRule,
     central_difference,
     forward_mode,
     one_sided_difference,
@@ -86,19 +85,13 @@ def test_forward_mode_of_a_bf16_model_returns_a_slope_near_the_fp32_one() -> Non
     assert abs(slopes[0] - slopes[1]) < 0.1 * abs(slopes[0])
 
 
-def _rules() -> list[tuple[str, Callable[..., tuple[float, list[float]]]]]:
-    rules = [
-        ("forward", forward_mode),
-        ("central", central_difference(1e-4)),
-        ("one-sided", one_sided_difference(1e-4)),
-    ]
-    return rules
+def _rules() -> list[tuple[str, SlopeRule]]:
+    differences = ("central", central_difference(1e-4)), ("one-sided", one_sided_difference(1e-4))
+    return [("forward", forward_mode), *differences]
 
 
 @pytest.mark.parametrize(("name", "rule"), _rules(), ids=lambda value: value if isinstance(value, str) else "")
-def test_micro_batches_of_unequal_size_add_up_to_the_whole_batch(
-    name: str, rule: Callable[..., tuple[float, list[float]]]
-) -> None:
+def test_micro_batches_of_unequal_size_add_up_to_the_whole_batch(name: str, rule: SlopeRule) -> None:
     """Published mistake: a sum of batch means divided by the number of samples."""
     model = tiny_model("bert", torch.float64)
     batch, params = tiny_batch(examples=7), trainables(model)
@@ -138,7 +131,8 @@ def test_differences_divide_by_the_step_and_have_the_error_of_their_order() -> N
         assert slopes == pytest.approx([SLOPE + h * squares + h**2 * cubes], rel=1e-9)
         assert loss == pytest.approx(LOSS)
     assert central_difference(1e-5)(CUBIC, W, [V])[0] == pytest.approx(LOSS)
-    assert forward_mode(CUBIC, W, [V]) == pytest.approx((LOSS, [SLOPE]))
+    loss, slopes = forward_mode(CUBIC, W, [V])
+    assert [loss, *slopes] == pytest.approx([LOSS, SLOPE], rel=1e-12)
 
 
 def test_every_direction_gets_its_own_slope_in_order() -> None:

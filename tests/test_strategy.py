@@ -53,6 +53,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 @pytest.mark.parametrize("method", ["spry", "spry-per-iteration", "fedavg"])
 def test_a_federation_learns(method: str, run_config: dict, tmp_path: Path) -> None:
     steps = {"client.local-steps": 4, "client.directions": 4, "num-server-rounds": 25, "client.learning-rate": 0.1}
+    steps |= {"server.evaluate-every": 25}
     federation = Federation(tmp_path, run_config | steps | {"method": method})
     federation.start(CLIENTS)
     losses = [line.train_loss for line in federation.recorder.rounds[1:]]

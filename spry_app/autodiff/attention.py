@@ -26,7 +26,9 @@ def attention(
     group = q.shape[-3] // key[0].shape[-3] if q.dim() > 2 else 1
     key, value = _each(wide, key), _each(wide, value)
     rows, keys = q.shape[-2], key[0].shape[-2]
-    out, tangent = (q.new_empty((*q.shape[:-1], value[0].shape[-1])) for _ in range(2))
+    # The tangent is made from a tangent: with several directions at once (vmap) it is larger than the output.
+    like = next(t for t in (query[1], key[1], value[1]) if t is not None)
+    out, tangent = (x.new_empty((*q.shape[:-1], value[0].shape[-1])).to(q.dtype) for x in (q, like))
     step = _rows_at_once(q, keys, key[0].element_size())
     if step < rows:  # else every block would copy them again
         key, value = _each(Tensor.contiguous, key), _each(Tensor.contiguous, value)
@@ -67,7 +69,7 @@ def _softmax(scores: Pair, mask: Tensor | None, dropout: float) -> Pair:
         weight.masked_fill_(blind, 0.0)
     if tangent is not None:
         tangent.mul_(weight)
-        tangent.addcmul_(weight, tangent.sum(-1, keepdim=True), value=-1)
+        tangent = torch.addcmul(tangent, weight, tangent.sum(-1, keepdim=True), value=-1)  # vmap lacks addcmul_
     if dropout > 0:
         keep = torch.empty_like(weight).bernoulli_(1 - dropout).div_(1 - dropout)
         return _each(keep.mul, (weight, tangent))

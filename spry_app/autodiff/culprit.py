@@ -32,8 +32,8 @@ class _Call:
 CAUSES: tuple[tuple[Callable[[_Call], bool], str], ...] = (
     (
         lambda call: not call.forward_mode_is_on,
-        "it runs where forward mode is switched off, as reentrant gradient checkpointing and torch.inference_mode() do; "
-        "call model.gradient_checkpointing_disable(), use torch.no_grad()",
+        "forward mode is switched off there, as by reentrant activation checkpointing and by torch.inference_mode(); "
+        "turn checkpointing off, use torch.no_grad()",
     ),
     (
         lambda call: type(call.module).__module__.startswith("bitsandbytes"),
@@ -42,8 +42,8 @@ CAUSES: tuple[tuple[Callable[[_Call], bool], str], ...] = (
     ),
     (
         lambda call: True,
-        "one of its own operations has no forward derivative (a custom kernel or autograd.Function, .detach(), .data, "
-        "numpy); write it with PyTorch's operations",
+        "one of its own operations has no forward derivative (reentrant activation checkpointing, a custom kernel or "
+        "autograd.Function, .detach(), .data, numpy); write it with PyTorch's operations",
     ),
 )
 
@@ -69,9 +69,15 @@ def find_culprit(
     for call, up, down in zip(measured, above, below, strict=False):
         came_in = _right(call.inputs, up.inputs, down.inputs, step, eps)
         if came_in and not _right(call.outputs, up.outputs, down.outputs, step, eps):
-            cause = next(text for applies, text in CAUSES if applies(call))
-            return f"The tangent goes wrong in {call.name!r} ({type(call.module).__name__}): {cause}."
+            return _verdict(call)
+    if len(measured) < len(above):  # that one raised, and never finished
+        return _verdict(above[len(measured)])
     return "No single module is at fault: look at what the objective does outside of the model, or at the slope rule."
+
+
+def _verdict(call: _Call) -> str:
+    cause = next(text for applies, text in CAUSES if applies(call))
+    return f"The tangent goes wrong in {call.name!r} ({type(call.module).__name__}): {cause}."
 
 
 def _right(measured: list[Pair], above: list[Pair], below: list[Pair], step: float, eps: float) -> bool:
@@ -97,7 +103,7 @@ def _watch(module: nn.Module, run: Callable[[], object]) -> list[_Call]:
 
         return hook
 
-    with ExitStack() as hooks, suppress(ForwardModeError), torch.no_grad():
+    with ExitStack() as hooks, suppress(ForwardModeError, NotImplementedError), torch.no_grad():
         for name, part in module.named_modules():
             handle = part.register_forward_hook(hook_for(name or "the model"), with_kwargs=True)
             hooks.callback(handle.remove)

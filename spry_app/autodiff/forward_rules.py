@@ -74,7 +74,8 @@ def _layer_norm(
     if xt is not None:
         dims = tuple(range(-len(normalized_shape), 0))
         tangent = wide(xt) - wide(xt).mean(dims, keepdim=True)
-        tangent.addcmul_(normal, (normal * tangent).mean(dims, keepdim=True), value=-1).mul_(inverse_std)
+        projection = (normal * tangent).mean(dims, keepdim=True)
+        tangent = torch.addcmul(tangent, normal, projection, value=-1).mul_(inverse_std)  # vmap lacks addcmul_
     return _scale_and_shift(normal, tangent, weight, bias, x.dtype)
 
 

@@ -20,10 +20,13 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Gradient:
-    """One way to a gradient: `estimate(batch, params, seed, K)`; `forwards(K)` is its cost in forward passes."""
+    """One way to a gradient: `estimate(batch, params, seed, K, at_once)`; `forwards(K)` is its cost in forward passes.
+
+    at_once: how many of the K directions may share a pass (see slopes.SlopeRule).
+    """
 
     name: str
-    estimate: Callable[[Batch, Tensors, Seed, int], Estimate]
+    estimate: Callable[[Batch, Tensors, Seed, int, int], Estimate]
     slopes: SlopeRule | None
     forwards: Callable[[int], float]
 
@@ -31,15 +34,15 @@ class Gradient:
 def _from_slopes(name: str, rule: SlopeRule, forwards: Callable[[int], float]) -> Gradient:
     """g = mean_k slope_k direction_k, an unbiased estimate of the gradient (arXiv 2405.15551, equation 2)."""
 
-    def estimate(batch: Batch, params: Tensors, seed: Seed, directions: int) -> Estimate:
-        loss, slopes = rule(batch, params, (direction(seed, k, params) for k in range(directions)))
+    def estimate(batch: Batch, params: Tensors, seed: Seed, directions: int, at_once: int = 1) -> Estimate:
+        loss, slopes = rule(batch, params, (direction(seed, k, params) for k in range(directions)), at_once)
         return Estimate(loss, weighted_sum(slopes, seed, params), tuple(slopes))
 
     return Gradient(name, estimate, rule, forwards)
 
 
-def _backprop(batch: Batch, params: Tensors, seed: Seed, directions: int) -> Estimate:
-    """The exact gradient; `seed` and `directions` are not used."""
+def _backprop(batch: Batch, params: Tensors, seed: Seed, directions: int, at_once: int = 1) -> Estimate:
+    """The exact gradient; only the first two arguments are used."""
     leaves = {name: tensor.detach().requires_grad_(True) for name, tensor in params.items()}
     # Fresh tensors: those of autograd.grad may share memory with one another.
     total = {name: torch.zeros_like(tensor, dtype=torch.float32) for name, tensor in params.items()}

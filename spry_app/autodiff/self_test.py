@@ -19,8 +19,8 @@ TRIES = 3
 """Directions that must all disagree: a lost tangent is wrong along each, a kink (ReLU) a difference by chance."""
 
 ROUNDING = 4.0
-"""Rounding of the loss, in units of the coarsest format's last place: twice the most that was seen on tiny and real
-encoders and decoders in fp32 and bf16."""
+"""Rounding of the loss, in units of the coarsest format's last place: about the most that was seen on tiny encoders and
+decoders and on MiniLM, in fp32 and bf16, where no kink was near."""
 
 
 class SelfTestError(RuntimeError):
@@ -44,7 +44,7 @@ def self_test(
     formats and to name the one at fault. Raises SelfTestError.
     """
     eps = _coarsest_eps(params, module)
-    # fp32 jvps agreed to 1e-3 wherever rounding let differences resolve it; half formats round the jvp itself.
+    # In fp32 smooth models agreed to 1e-3 where rounding let them; a half format rounds the jvp itself by some percent.
     tolerance = 0.02 if eps < 1e-4 else 0.15
     point = {name: _nonzero(name, tensor, seed) for name, tensor in params.items()}
     rounding = ROUNDING * eps * max(1.0, _loss(objective, point, eps))
@@ -65,10 +65,10 @@ def self_test(
 
 
 def _slope(objective: Objective, point: Tensors, probe: Tensors, slopes: SlopeRule) -> float | None:
-    """None where the loss has no tangent."""
+    """None where the loss has no tangent, or an operation says that it has no forward derivative."""
     try:
         return slopes([Part(objective, 1.0)], point, [probe])[1][0]
-    except ForwardModeError as error:
+    except (ForwardModeError, NotImplementedError) as error:
         if torch.is_inference_mode_enabled():
             raise SelfTestError(str(error)) from error
         return None

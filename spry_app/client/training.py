@@ -2,16 +2,17 @@
 
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 
 from spry_app.autodiff.directions import Seed, Tensors
+from spry_app.autodiff.exact import estimate_with_exact
 from spry_app.autodiff.gradients import Estimate
 from spry_app.autodiff.memory import peak_mib
 from spry_app.client.node import Node
 from spry_app.config import RunConfig
 from spry_app.data import batches
 from spry_app.methods import Method
-from spry_app.methods.replay import client_rule, local_steps
+from spry_app.methods.replay import client_rule, exact_names, local_steps
 from spry_app.objectives import batch_of, score
 from spry_app.optimizers import CLIENT_OPTIMIZERS, NamedOptimizer
 from spry_app.protocol import Score, Task, TrainReply
@@ -22,6 +23,7 @@ def train(node: Node, task: Task, method: Method, config: RunConfig) -> TrainRep
     started = time.monotonic()
     node.adapted.load_tensors(task.tensors)
     own = {name: task.tensors[name] for unit in task.units for name in node.adapted.units[unit]}
+    exact = exact_names(node.adapted.units, method, config.head_gradient) & own.keys()
     optimizer = NamedOptimizer(own, CLIENT_OPTIMIZERS, client_rule(config.client))
     slopes: list[tuple[float, ...]] = []
     losses, examples, peak = 0.0, 0, 0.0
@@ -30,19 +32,19 @@ def train(node: Node, task: Task, method: Method, config: RunConfig) -> TrainRep
         if task.measure and step == 0:
             estimates: list[Estimate] = []
             peak = peak_mib(
-                lambda: estimates.append(_estimate(node, rows, method, optimizer, seed, config)),  # noqa: B023
+                lambda: estimates.append(_estimate(node, rows, method, exact, optimizer, seed, config)),  # noqa: B023
                 node.adapted.device,
             )
             estimate = estimates[0]
         else:
-            estimate = _estimate(node, rows, method, optimizer, seed, config)
+            estimate = _estimate(node, rows, method, exact, optimizer, seed, config)
         optimizer.step(estimate.gradient)
         slopes.append(estimate.slopes)
         losses, examples = losses + estimate.loss * len(rows), examples + len(rows)
     trained = {name: value.clone() for name, value in optimizer.tensors.items()}
     return TrainReply(
-        tensors=trained if method.reply == "weights" else {},
-        slopes=tuple(slopes) if method.reply == "slopes" else (),
+        tensors=trained if method.reply == "weights" else {name: trained[name] for name in sorted(exact)},
+        slopes=tuple(slopes) if method.reply == "slopes" and own.keys() - exact else (),
         loss=losses / examples,
         examples=examples,
         seconds=time.monotonic() - started,
@@ -52,10 +54,19 @@ def train(node: Node, task: Task, method: Method, config: RunConfig) -> TrainRep
 
 
 def _estimate(
-    node: Node, rows: list[int], method: Method, optimizer: NamedOptimizer, seed: Seed, config: RunConfig
+    node: Node,
+    rows: list[int],
+    method: Method,
+    exact: Set[str],
+    optimizer: NamedOptimizer,
+    seed: Seed,
+    config: RunConfig,
 ) -> Estimate:
     batch = batch_of(node.adapted, node.train, rows, config.client.micro_batch, seed)
-    return method.gradient.estimate(batch, optimizer.tensors, seed, config.client.directions)
+    client = config.client
+    return estimate_with_exact(
+        method.gradient, batch, optimizer.tensors, exact, seed, client.directions, client.directions_at_once
+    )
 
 
 def _local_batches(rows: int, task: Task, method: Method, config: RunConfig) -> Iterator[list[int]]:

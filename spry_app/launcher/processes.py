@@ -102,6 +102,11 @@ class Processes:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
 
 
+def usable_cores() -> int:
+    """Cores that this process may use, which may be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _session(pid: int) -> int | None:
     try:
         return os.getsid(pid)

@@ -1,6 +1,5 @@
 """From the command line to what Flower is given: run config and federation config, checked before anything starts."""
 
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from flwr.supercore.utils import simulation_config_from_json
 
 from spry_app.config import RunConfig, Scalar
 from spry_app.errors import SpryError
+from spry_app.launcher.processes import usable_cores
 
 _LOCAL: dict[str, Callable[[Path], bool]] = {
     "data.source": Path.is_file,
@@ -65,7 +65,7 @@ def federation_config(simulation: Simulation) -> dict[str, Scalar]:
 
     Ray sets OMP_NUM_THREADS of a client to the CPUs it is given; the server process, idle meanwhile, keeps them all.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     at_once = min(simulation.nodes, cores)
     ours: dict[str, Scalar] = {
         "num-supernodes": simulation.nodes,

@@ -1,11 +1,14 @@
 """The update that scalars stand for: client and server both come here, so they get the same bits."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from spry_app.autodiff.directions import Seed, Tensors, weighted_sum
 from spry_app.config import ClientConfig
 from spry_app.methods.method import Method
 from spry_app.optimizers import CLIENT_OPTIMIZERS, NamedOptimizer, Rule
+
+HEAD = "head"
+"""Name of the unit that is the classification head."""
 
 
 def client_rule(config: ClientConfig) -> Rule:
@@ -18,11 +21,18 @@ def local_steps(method: Method, config: ClientConfig) -> int:
     return config.local_steps or (1 if method.reply == "slopes" else 0)
 
 
+def exact_names(units: Mapping[str, Sequence[str]], method: Method, head_gradient: str) -> set[str]:
+    """Tensors whose gradient is exact although the method uses slopes: they travel as they are, never as scalars."""
+    return set(units.get(HEAD, ())) if method.gradient.slopes and head_gradient == "exact" else set()
+
+
 def replay(start: Tensors, slopes: Sequence[Sequence[float]], seed: Seed, rule: Rule) -> Tensors:
     """Repeat a client's local steps from what it measured (SPRY's per-iteration mode, arXiv:2405.15551).
 
     start: the client's tensors before its first step. slopes: K numbers for each of the T steps. seed: of step 0.
     """
+    if not start:
+        return {}
     optimizer = NamedOptimizer(start, CLIENT_OPTIMIZERS, rule)
     for step, measured in enumerate(slopes):
         at = Seed(run=seed.run, round=seed.round, client=seed.client, step=seed.step + step)

@@ -8,17 +8,17 @@ import torch
 from spry_app.protocol import Tensors, TrainReply
 
 
-def problem(reply: TrainReply, asked: Mapping[str, torch.Tensor], directions: int, steps: int) -> str:
+def problem(reply: TrainReply, asked: Mapping[str, torch.Tensor], steps: int, directions: int) -> str:
     """Why the reply must be refused; empty if it is fine.
 
-    asked: the tensors that the client was given to train. directions, steps: the sizes of what a per-iteration reply
-    holds (steps 0: a per-epoch reply, which holds tensors).
+    asked: the tensors that must come as they are. steps, directions: the sizes of the scalars that must come (0, K:
+    none).
     """
     if not math.isfinite(reply.loss):
         return f"its loss is {reply.loss}"
     if reply.examples < 1:
         return f"it was trained on {reply.examples} examples"
-    return _slope_problem(reply, directions, steps) if steps else _tensor_problem(reply.tensors, asked)
+    return _tensor_problem(reply.tensors, asked) or _slope_problem(reply, steps, directions)
 
 
 def _tensor_problem(tensors: Tensors, asked: Mapping[str, torch.Tensor]) -> str:
@@ -34,9 +34,7 @@ def _tensor_problem(tensors: Tensors, asked: Mapping[str, torch.Tensor]) -> str:
     return ""
 
 
-def _slope_problem(reply: TrainReply, directions: int, steps: int) -> str:
-    if reply.tensors:
-        return f"it holds {len(reply.tensors)} tensors where only scalars were asked for"
+def _slope_problem(reply: TrainReply, steps: int, directions: int) -> str:
     if len(reply.slopes) != steps or any(len(step) != directions for step in reply.slopes):
         got = [len(step) for step in reply.slopes]
         return f"it holds {got} slopes a step; asked for were {steps} steps of {directions}"

@@ -1,10 +1,15 @@
 """The peak memory of a client's step beside what backpropagation would take: same rows, same units, same process."""
 
+import functools
+from collections.abc import Set
+
 from spry_app.autodiff.directions import Seed
+from spry_app.autodiff.exact import estimate_with_exact
 from spry_app.autodiff.gradients import GRADIENTS, Gradient
 from spry_app.autodiff.memory import peak_mib
 from spry_app.config import RunConfig
 from spry_app.methods import Method
+from spry_app.methods.replay import exact_names
 from spry_app.models import AdaptedModel
 from spry_app.objectives import batch_of
 from spry_app.tasks.classification import Encoded
@@ -17,7 +22,18 @@ def step_peaks(adapted: AdaptedModel, rows: Encoded, config: RunConfig, method: 
     seed, tensors = Seed(run=config.seed, round=0, client=0, step=0), adapted.tensors()
     batch = batch_of(adapted, rows, indices, client.micro_batch, seed)
 
-    def peak(gradient: Gradient) -> float:
-        return peak_mib(lambda: gradient.estimate(batch, tensors, seed, client.directions), adapted.device)
+    def peak(gradient: Gradient, exact: Set[str]) -> float:
+        step = functools.partial(
+            estimate_with_exact,
+            gradient,
+            batch,
+            tensors,
+            exact,
+            seed,
+            client.directions,
+            client.directions_at_once,
+        )
+        return peak_mib(step, adapted.device)
 
-    return {"run": peak(method.gradient), "backprop": peak(GRADIENTS["backprop"])}
+    exact = exact_names(adapted.units, method, config.head_gradient)
+    return {"run": peak(method.gradient, exact), "backprop": peak(GRADIENTS["backprop"], set())}

@@ -20,7 +20,8 @@ class Round:
 
     loss, accuracy: of the global model on rows that no client trained on (generalised). train_loss: mean over the
     clients' batches. personalised_accuracy: of clients after their local training, on their held-out rows. mib_up,
-    mib_down: since the start, as serialised. seconds: since the start. peak_mib: largest first step of a client.
+    mib_down: since the start, as serialised. seconds: since the start. peak_mib: of the first step of one client, a
+    different one each time.
     asked, answered, refused: clients; refused replies were not used.
     """
 

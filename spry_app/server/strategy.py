@@ -12,7 +12,7 @@ from spry_app.autodiff.directions import Seed, Tensors
 from spry_app.config import RunConfig
 from spry_app.errors import SpryError
 from spry_app.methods import Method
-from spry_app.methods.replay import client_rule, local_steps, replay
+from spry_app.methods.replay import HEAD, client_rule, exact_names, local_steps, replay
 from spry_app.optimizers import SERVER_OPTIMIZERS, NamedOptimizer, Rule
 from spry_app.protocol import (
     EVALUATE,
@@ -28,7 +28,6 @@ from spry_app.server.checks import problem
 from spry_app.server.fleet import Fleet
 from spry_app.server.record import Recorder
 
-HEAD = "head"
 MOST_BARREN_ROUNDS = 3
 """Rounds in a row without a usable reply after which the run ends."""
 Units = dict[str, tuple[str, ...]]
@@ -55,6 +54,7 @@ class SpryStrategy(Strategy):
     ) -> None:
         self.config, self.method, self.units, self.recorder = config, method, units, recorder
         self.fingerprint, self.score_on_clients = fingerprint, score_on_clients
+        self.exact = exact_names(units, method, config.head_gradient)
         self.fleet = Fleet(config.server, fingerprint)
         server = config.server
         rule = Rule(method.server_optimizer, server.learning_rate, 0.0, server.beta1, server.beta2, server.tau)
@@ -93,7 +93,7 @@ class SpryStrategy(Strategy):
                 units=tuple(units),
                 fingerprint=self.fingerprint,
                 evaluate=due,
-                measure=due,
+                measure=due and index == server_round % len(clients),
             )
             for index, (node, units) in enumerate(zip(clients, self.assign(len(clients), server_round), strict=True))
         }
@@ -142,11 +142,10 @@ class SpryStrategy(Strategy):
         return {name: value / weight[name] for name, value in total.items()}
 
     def trained(self, task: Task, reply: TrainReply) -> Tensors:
-        """The client's tensors after its training: as sent, or rebuilt from its slopes."""
-        if self.method.reply == "weights":
-            return reply.tensors
+        """The client's tensors after its training: as sent, and the others rebuilt from its slopes."""
         seed = Seed(run=self.config.seed, round=task.round, client=task.client, step=0)
-        return replay(self.asked(task), reply.slopes, seed, client_rule(self.config.client))
+        replayed = {name: value for name, value in self.asked(task).items() if name not in reply.tensors}
+        return reply.tensors | replay(replayed, reply.slopes, seed, client_rule(self.config.client))
 
     def asked(self, task: Task) -> Tensors:
         """The tensors that the task's units consist of."""
@@ -154,8 +153,6 @@ class SpryStrategy(Strategy):
 
     def _accept(self, replies: Iterable[Message]) -> list[tuple[Task, TrainReply]]:
         """Replies that can be averaged, in the order of the clients (arrival order differs from run to run)."""
-        config = self.config.client
-        steps = local_steps(self.method, config) if self.method.reply == "slopes" else 0
         accepted: dict[int, tuple[Task, TrainReply]] = {}
         for message in replies:
             node = message.metadata.src_node_id
@@ -163,7 +160,7 @@ class SpryStrategy(Strategy):
             task = self.tasks.get(node)
             try:
                 reply = self._read(message, task)
-                reason = problem(reply, self.asked(task), config.directions, steps) if task else "it was not asked"
+                reason = self.problem(reply, task) if task else "it was not asked"
             except MalformedReply as error:
                 reason = str(error)
             if reason or task is None:
@@ -173,6 +170,15 @@ class SpryStrategy(Strategy):
             else:
                 accepted[task.client] = (task, reply)
         return [accepted[client] for client in sorted(accepted)]
+
+    def problem(self, reply: TrainReply, task: Task) -> str:
+        """Why a reply cannot be averaged; empty if it can."""
+        asked = self.asked(task)
+        as_they_are = asked.keys() if self.method.reply == "weights" else asked.keys() & self.exact
+        scalars = asked.keys() - as_they_are
+        steps = local_steps(self.method, self.config.client) if scalars else 0
+        tensors = {name: asked[name] for name in as_they_are}
+        return problem(reply, tensors, steps, self.config.client.directions)
 
     @staticmethod
     def _read(message: Message, task: Task | None) -> TrainReply:

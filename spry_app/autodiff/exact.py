@@ -1,0 +1,48 @@
+"""Exact gradients for a few tensors near the loss, slopes for the rest. Which tensors those are is not decided here."""
+
+from collections.abc import Collection
+
+import torch
+
+from spry_app.autodiff.directions import Seed, Tensors
+from spry_app.autodiff.gradients import GRADIENTS, Estimate, Gradient
+from spry_app.autodiff.slopes import Batch, Part
+
+
+def estimate_with_exact(
+    gradient: Gradient,
+    batch: Batch,
+    params: Tensors,
+    exact: Collection[str],
+    seed: Seed,
+    directions: int,
+    at_once: int = 1,
+) -> Estimate:
+    """`gradient` for the tensors of `params` that are not in `exact`, backpropagation for those that are.
+
+    Only tensors between `exact` and the loss are kept for the backward pass, so for a classification head this costs
+    one forward pass and no stored activations of the network. The slopes are along directions of the rest alone: the
+    exact tensors add nothing to the variance of the estimate, which grows with the number of perturbed values.
+    """
+    known = {name: value for name, value in params.items() if name in exact}
+    rest = {name: value for name, value in params.items() if name not in exact}
+    parts = [
+        estimator.estimate(_holding(batch, fixed), free, seed, directions, at_once)
+        for estimator, free, fixed in (
+            (GRADIENTS["backprop"], known, rest),
+            (gradient, rest, known),
+        )
+        if free
+    ]
+    merged = {name: value for part in parts for name, value in part.gradient.items()}
+    return Estimate(parts[-1].loss, {name: merged[name] for name in params}, parts[-1].slopes)
+
+
+def _holding(batch: Batch, fixed: Tensors) -> Batch:
+    def hold(part: Part) -> Part:
+        def objective(free: Tensors) -> torch.Tensor:
+            return part.objective(fixed | free)
+
+        return Part(objective, part.weight)
+
+    return [hold(part) for part in batch]

@@ -1,0 +1,76 @@
+"""The same app on a real SuperLink with two SuperNodes, each with data of its own, through deploy/loopback.py."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from federation import make_checkpoint, make_rows
+from left_running import left_running
+
+ROOT = Path(__file__).parent.parent
+SETTINGS = {
+    "num-server-rounds": 2,
+    "data.num-labels": 2,
+    "data.natural-field": "user",
+    "adapter.rank": 4,
+    "client.directions": 8,
+    "client.local-epochs": 2,
+    "client.batch-size": 4,
+    "client.optimizer": "adam",
+    "client.learning-rate": 0.05,
+    "server.optimizer": "average",
+}
+
+
+@pytest.fixture
+def temporary() -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(prefix="s", dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def deploy(folder: Path, temporary: Path, files: list[Path], **settings: object) -> subprocess.CompletedProcess[str]:
+    """Run deploy/loopback.py to its end in `folder`, which holds the checkpoint and the test rows."""
+    keys = SETTINGS | {"model.name": str(folder / "tiny"), "data.source": str(files[0])} | settings
+    run_config = " ".join(f"{key}={json.dumps(value)}" for key, value in keys.items())
+    return subprocess.run(
+        [sys.executable, str(ROOT / "deploy" / "loopback.py"), *map(str, files), "--run-config", run_config],
+        cwd=folder,
+        env=os.environ | {"TMPDIR": str(temporary), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_two_nodes_with_data_of_their_own_train_one_model(tmp_path: Path, temporary: Path) -> None:
+    make_checkpoint(tmp_path / "tiny")
+    files = [make_rows(tmp_path / f"node-{node}.jsonl", 64, offset=1000 * node) for node in range(2)]
+    test = make_rows(tmp_path / "test.jsonl", 40, offset=5000)
+    done = deploy(tmp_path, temporary, files, **{"data.test": str(test)})
+    assert done.returncode == 0, done.stdout + done.stderr
+    (run,) = (tmp_path / "outputs").iterdir()
+    result = json.loads((run / "result.json").read_text())
+    assert result["accuracy-after"] > max(0.8, result["accuracy-before"])
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (last["asked"], last["answered"], last["refused"]) == (2, 2, 0)
+    assert (run / "adapter" / "adapter_model.safetensors").exists()
+    assert left_running(temporary) == []
+    assert list(temporary.iterdir()) == []
+
+
+def test_a_failed_deployment_exits_with_1_and_says_why(tmp_path: Path, temporary: Path) -> None:
+    """Both nodes refuse their file: it has no such label field."""
+    make_checkpoint(tmp_path / "tiny")
+    files = [make_rows(tmp_path / f"node-{node}.jsonl", 64, offset=1000 * node) for node in range(2)]
+    test = make_rows(tmp_path / "test.jsonl", 40, offset=5000)
+    done = deploy(tmp_path, temporary, files, **{"data.test": str(test), "data.text-field": "body"})
+    assert done.returncode == 1
+    assert "body" in done.stderr
+    assert left_running(temporary) == []
