@@ -107,6 +107,8 @@ class ServerConfig(_Section):
     """Step on the mean of the replies; empty for the method's own."""
     learning_rate: StepSize = 1e-2
     """Step size; not used by "average"."""
+    head_learning_rate: float = Field(0.0, ge=0)
+    """Step size of the head; 0 for the same as the rest. A head with an exact gradient bears a larger one."""
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.99, ge=0, lt=1)
     tau: float = Field(1e-3, gt=0)

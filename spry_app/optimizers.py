@@ -26,7 +26,7 @@ SECOND_MOMENTS: dict[str, SecondMoment] = {
 class FedOpt(torch.optim.Optimizer):
     """Adaptive step on a pseudo-gradient (arXiv:2003.00295, Algorithm 2): no bias correction, v starts at tau^2."""
 
-    def __init__(self, params: list[Parameter], moment: str, lr: float, beta1: float, beta2: float, tau: float) -> None:
+    def __init__(self, params: Any, moment: str, lr: float, beta1: float, beta2: float, tau: float) -> None:
         super().__init__(params, {"moment": moment, "lr": lr, "beta1": beta1, "beta2": beta2, "tau": tau})
 
     @torch.no_grad()
@@ -56,20 +56,27 @@ class Rule:
     tau: float = 1e-3
 
 
-def _adaptive(params: list[Parameter], rule: Rule) -> torch.optim.Optimizer:
-    return FedOpt(params, rule.name, rule.learning_rate, rule.beta1, rule.beta2, rule.tau)
+Groups = list[dict[str, Any]]
+"""torch.optim's parameter groups: "params", and "lr" where a group has its own."""
+Make = Callable[[Groups, Rule], torch.optim.Optimizer]
 
 
-Make = Callable[[list[Parameter], Rule], torch.optim.Optimizer]
+def _adaptive(groups: Groups, rule: Rule) -> torch.optim.Optimizer:
+    return FedOpt(groups, rule.name, rule.learning_rate, rule.beta1, rule.beta2, rule.tau)
+
+
+def _average(groups: Groups, rule: Rule) -> torch.optim.Optimizer:
+    return torch.optim.SGD([param for group in groups for param in group["params"]], 1.0)
+
 
 CLIENT_OPTIMIZERS: dict[str, Make] = {
-    "sgd": lambda params, rule: torch.optim.SGD(params, rule.learning_rate, weight_decay=rule.weight_decay),
-    "adam": lambda params, rule: torch.optim.Adam(params, rule.learning_rate, weight_decay=rule.weight_decay),
-    "adamw": lambda params, rule: torch.optim.AdamW(params, rule.learning_rate, weight_decay=rule.weight_decay),
+    "sgd": lambda groups, rule: torch.optim.SGD(groups, rule.learning_rate, weight_decay=rule.weight_decay),
+    "adam": lambda groups, rule: torch.optim.Adam(groups, rule.learning_rate, weight_decay=rule.weight_decay),
+    "adamw": lambda groups, rule: torch.optim.AdamW(groups, rule.learning_rate, weight_decay=rule.weight_decay),
 }
 SERVER_OPTIMIZERS: dict[str, Make] = {
-    "average": lambda params, rule: torch.optim.SGD(params, 1.0),
-    "momentum": lambda params, rule: torch.optim.SGD(params, rule.learning_rate, momentum=rule.beta1),
+    "average": _average,
+    "momentum": lambda groups, rule: torch.optim.SGD(groups, rule.learning_rate, momentum=rule.beta1),
     "adagrad": _adaptive,
     "adam": _adaptive,
     "yogi": _adaptive,
@@ -77,11 +84,23 @@ SERVER_OPTIMIZERS: dict[str, Make] = {
 
 
 class NamedOptimizer:
-    """A torch optimizer over named tensors (fp32, CPU), which it owns: it starts from copies of `tensors`."""
+    """A torch optimizer over named tensors (fp32, CPU), which it owns: it starts from copies of `tensors`.
 
-    def __init__(self, tensors: Mapping[str, Tensor], table: Mapping[str, Make], rule: Rule) -> None:
+    learning_rates: step sizes of single tensors, instead of the rule's.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        table: Mapping[str, Make],
+        rule: Rule,
+        learning_rates: Mapping[str, float] | None = None,
+    ) -> None:
+        own = learning_rates or {}
         self._params = {name: Parameter(value.detach().clone()) for name, value in tensors.items()}
-        self._optimizer = table[rule.name](list(self._params.values()), rule)
+        groups: Groups = [{"params": [param for name, param in self._params.items() if name not in own]}]
+        groups += [{"params": [self._params[name]], "lr": rate} for name, rate in own.items()]
+        self._optimizer = table[rule.name](groups, rule)
 
     @property
     def tensors(self) -> Tensors:

@@ -1,5 +1,8 @@
 """The `spry` command refuses what it cannot run before it starts anything, and says which key to change."""
 
+import tomllib
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed_version
 from pathlib import Path
 
 import psutil
@@ -82,7 +85,16 @@ def test_a_given_federation_config_wins() -> None:
         federation_config(Simulation(ROOT, 10, federation_config=["num-cores=3"]))
 
 
-def test_help_and_version() -> None:
+def test_the_version_is_pyprojects() -> None:
+    try:
+        installed_version("spry")
+    except PackageNotFoundError:
+        pytest.skip("spry is not installed: pip install -e .")
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert CliRunner().invoke(app, ["--version"]).output == f"spry {version}\n"
+
+
+def test_help_lists_the_options() -> None:
     for arguments in (["--help"], ["run", "--help"]):
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 0, result.output

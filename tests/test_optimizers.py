@@ -53,3 +53,11 @@ def test_the_optimizer_never_writes_into_the_tensors_it_was_given() -> None:
     start = {"a": torch.ones(2)}
     NamedOptimizer(start, SERVER_OPTIMIZERS, Rule("average", 1.0)).step({"a": torch.ones(2)})
     assert torch.equal(start["a"], torch.ones(2))
+
+
+def test_a_tensor_may_have_a_step_size_of_its_own() -> None:
+    start, gradient = {"a": torch.ones(1), "head": torch.ones(1)}, {"a": torch.ones(1), "head": torch.ones(1)}
+    optimizer = NamedOptimizer(start, SERVER_OPTIMIZERS, Rule("momentum", 0.1), {"head": 0.5})
+    optimizer.step(gradient)
+    assert optimizer.tensors["a"].item() == pytest.approx(0.9)
+    assert optimizer.tensors["head"].item() == pytest.approx(0.5)

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from spry_app.autodiff.directions import Seed, Tensors, direction
-from spry_app.autodiff.self_test import SelfTestError, self_test
+from spry_app.autodiff.self_check import SelfTestError, self_test
 from spry_app.autodiff.slopes import (
     Batch,
     ForwardModeError,

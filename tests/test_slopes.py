@@ -48,7 +48,8 @@ def _norms_in_float64(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("family", MODELS)
 @pytest.mark.parametrize("padded", [True, False], ids=["padded", "full"])
-def test_forward_mode_is_backprops_directional_derivative_in_float64(family: str, padded: bool) -> None:
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+def test_forward_mode_is_backprops_directional_derivative_in_float64(family: str, padded: bool, at_once: int) -> None:
     model = _norms_in_float64(tiny_model(family, torch.float64))
     batch = tiny_batch()
     if not padded:
@@ -57,7 +58,7 @@ def test_forward_mode_is_backprops_directional_derivative_in_float64(family: str
     objective, params = _objective(model, batch), trainables(model)
     assert any("lora_A" in name for name in params) and all(tensor.any() for tensor in params.values())
     v = [direction(SEED, k, params) for k in range(3)]
-    loss, slopes = forward_mode([Part(objective, 1.0)], params, v)
+    loss, slopes = forward_mode([Part(objective, 1.0)], params, v, at_once)
     for slope, direction_k in zip(slopes, v, strict=True):
         true_loss, truth = _truth(objective, params, direction_k)
         assert abs(slope - truth) < 1e-10 * abs(truth)

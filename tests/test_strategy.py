@@ -74,12 +74,14 @@ def test_the_same_seed_gives_the_same_bits_whatever_the_node_ids(method: str, ru
     assert not same(results[0], tensors_of(other))
 
 
+@pytest.mark.parametrize("head_gradient", ["exact", "forward"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
 def test_the_server_rebuilds_bit_for_bit_the_update_that_the_client_measured(
-    optimizer: str, run_config: dict, tmp_path: Path
+    optimizer: str, head_gradient: str, run_config: dict, tmp_path: Path
 ) -> None:
     """Both modes train alike, so the weights that one sends are the reference for the other's scalars."""
     rebuilt = {}
+    run_config |= {"head-gradient": head_gradient, "client.directions-at-once": 2}
     for method in ("spry", "spry-per-iteration"):
         federation = Federation(
             tmp_path / method, run_config | {"method": method, "client.optimizer": optimizer, "client.local-steps": 3}
@@ -98,12 +100,16 @@ def test_the_server_rebuilds_bit_for_bit_the_update_that_the_client_measured(
         assert same(rebuilt["spry"][client], rebuilt["spry-per-iteration"][client])
 
 
-def test_per_iteration_sends_scalars_only(run_config: dict, tmp_path: Path) -> None:
-    federation = Federation(tmp_path, run_config | {"method": "spry-per-iteration", "client.local-steps": 0})
+@pytest.mark.parametrize(("head_gradient", "sent"), [("forward", set()), ("exact", {"head"})])
+def test_per_iteration_sends_scalars_and_an_exact_head_as_it_is(
+    head_gradient: str, sent: set[str], run_config: dict, tmp_path: Path
+) -> None:
+    keys = {"method": "spry-per-iteration", "client.local-steps": 0, "head-gradient": head_gradient}
+    federation = Federation(tmp_path, run_config | keys)
     sizes = []
 
     def watch(partition: int, reply: Message) -> Message:
-        assert not reply.content["arrays"]
+        assert set(reply.content["arrays"]) == {name for unit in sent for name in federation.strategy.units[unit]}
         sizes.append(len(reply.content["metrics"]["slopes"]))
         return reply
 

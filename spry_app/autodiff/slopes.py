@@ -151,7 +151,7 @@ def _loss_and_tangent(loss: Tensor) -> tuple[Tensor, Tensor]:
     if tangent is None:
         raise ForwardModeError(
             "the loss has no tangent: either it does not depend on the perturbed tensors, or a module on the way lost "
-            "it (a custom kernel, reentrant checkpointing); spry_app.autodiff.self_test names the module. gradient = "
+            "it (a custom kernel, reentrant checkpointing); spry_app.autodiff.self_check names the module. gradient = "
             '"central-difference" needs no tangents'
         )
     return primal, tangent

@@ -27,7 +27,7 @@ def _answer(work: Work) -> Answer:
             node = load_node(config, context.node_config)
             _check_base(node.adapted.fingerprint, expected_fingerprint(message), config)
             if method.gradient is GRADIENTS["forward-mode"]:
-                check_forward_mode(node)
+                check_forward_mode(node, config.client.directions_at_once)
             return work(node, message, method, config).to_message(message)
         except SpryError as error:
             return refusal(message, error)

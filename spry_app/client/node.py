@@ -7,8 +7,8 @@ from weakref import WeakSet
 
 from torch.nn import Module
 
-from spry_app.autodiff.directions import Seed, direction
-from spry_app.autodiff.self_test import SelfTestError, self_test
+from spry_app.autodiff.directions import Seed
+from spry_app.autodiff.self_check import SelfTestError, self_test, shared_pass_test
 from spry_app.config import RunConfig
 from spry_app.data import label_names, load_shard
 from spry_app.errors import SpryError
@@ -16,9 +16,6 @@ from spry_app.models import AdaptedModel, load_model
 from spry_app.objectives import objective
 from spry_app.tasks import classification
 from spry_app.tasks.classification import Encoded
-
-_PROBE_SCALE = 0.02
-"""Size of the noise added to fresh adapters for the self-test: LoRA's B is zero, which would hide errors in A."""
 
 
 @dataclass(frozen=True)
@@ -65,18 +62,16 @@ def _load_node(config: RunConfig, path: str, file: str, index: int, count: int) 
 _trusted: WeakSet[Module] = WeakSet()
 
 
-def check_forward_mode(node: Node) -> None:
+def check_forward_mode(node: Node, at_once: int) -> None:
     """Self-test of the model as loaded, once a process. Raises SpryError: a wrong slope must never be trained on."""
     model = node.adapted.model
     if model in _trusted:
         return
-    seed = Seed(run=0, round=0, client=0, step=0)
-    tensors = node.adapted.tensors()
-    noise = direction(seed, 0, tensors)
-    probe = {name: value + _PROBE_SCALE * noise[name] for name, value in tensors.items()}
-    rows = range(min(2, len(node.train)))
+    few = objective(node.adapted, node.train, range(min(2, len(node.train))), Seed(run=0, round=0, client=0, step=0))
     try:
-        self_test(objective(node.adapted, node.train, rows, seed), probe, model)
+        self_test(few, node.adapted.tensors(), model)
+        if at_once > 1:
+            shared_pass_test(few, node.adapted.tensors(), model)
     except SelfTestError as error:
         raise SpryError(f"Self-test of forward mode failed: {error}") from error
     _trusted.add(model)

@@ -58,7 +58,10 @@ class SpryStrategy(Strategy):
         self.fleet = Fleet(config.server, fingerprint)
         server = config.server
         rule = Rule(method.server_optimizer, server.learning_rate, 0.0, server.beta1, server.beta2, server.tau)
-        self.optimizer = NamedOptimizer(tensors, SERVER_OPTIMIZERS, rule)
+        head_rate = server.head_learning_rate or server.learning_rate
+        self.optimizer = NamedOptimizer(
+            tensors, SERVER_OPTIMIZERS, rule, {name: head_rate for name in units.get(HEAD, ())}
+        )
         self.tasks: dict[int, Task] = {}
         self.barren_rounds = 0
 

@@ -64,6 +64,27 @@ def self_test(
             )
 
 
+def shared_pass_test(objective: Objective, params: Tensors, module: nn.Module | None, seed: int = 0) -> None:
+    """Compare the slopes of two directions that share a pass with those of each alone. Raises SelfTestError."""
+    tolerance = 1e-3 if _coarsest_eps(params, module) < 1e-4 else 0.15
+    point = {name: _nonzero(name, tensor, seed) for name, tensor in params.items()}
+    probes = [_probe(point, list(point), seed, k) for k in range(2)]
+    batch = [Part(objective, 1.0)]
+    alone = forward_mode(batch, point, probes)[1]
+    try:
+        together = forward_mode(batch, point, probes, at_once=2)[1]
+    except (RuntimeError, NotImplementedError) as error:
+        raise SelfTestError(
+            f"directions cannot share a pass through this model ({error}); set client.directions-at-once = 1"
+        ) from error
+    largest = max(map(abs, alone))
+    if any(abs(a - b) > tolerance * largest for a, b in zip(alone, together, strict=True)):
+        raise SelfTestError(
+            f"two directions have slopes {together} in one pass, {alone} in a pass each; "
+            "set client.directions-at-once = 1"
+        )
+
+
 def _slope(objective: Objective, point: Tensors, probe: Tensors, slopes: SlopeRule) -> float | None:
     """None where the loss has no tangent, or an operation says that it has no forward derivative."""
     try:
