@@ -28,17 +28,17 @@ def objective(adapted: AdaptedModel, rows: Encoded, indices: Sequence[int], seed
 
 def batch_of(adapted: AdaptedModel, rows: Encoded, indices: Sequence[int], micro_batch: int, seed: Seed) -> list[Part]:
     """The rows as micro-batches whose weighted losses add up to the mean over all of them; 0 means one part."""
-    size = micro_batch or len(indices)
-    slices = [indices[start : start + size] for start in range(0, len(indices), size)]
-    return [Part(objective(adapted, rows, part, seed), len(part) / len(indices)) for part in slices]
+    size, order = micro_batch or len(indices), rows.by_length(indices)
+    slices = [order[start : start + size] for start in range(0, len(order), size)]
+    return [Part(objective(adapted, rows, part, seed), len(part) / len(order)) for part in slices]
 
 
 @torch.no_grad()
 def score(adapted: AdaptedModel, rows: Encoded, batch_size: int) -> Score:
     """Loss and accuracy of the model with the tensors now loaded in it, on all rows. Nothing is trained."""
-    loss, correct = 0.0, 0
+    loss, correct, order = 0.0, 0, rows.by_length(range(len(rows)))
     for start in range(0, len(rows), batch_size):
-        inputs = rows.batch(range(start, min(start + batch_size, len(rows))))
+        inputs = rows.batch(order[start : start + batch_size])
         labels = inputs.pop("labels")
         logits = adapted.logits({}, inputs)
         labels = labels.to(logits.device)

@@ -25,7 +25,7 @@ PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
         ({"seed": True}, "valid integer"),
         ({"model.quantization": "nf5"}, "'none', 'nf4', 'fp4' or 'int8'"),
         ({"data.holdout": 1.0}, "less than 1"),
-        ({"client.micro-batch": 9, "client.batch-size": 8}, "client.micro-batch (9) is larger"),
+        ({"client.micro-batch": -1}, "greater than or equal to 0"),
     ],
 )
 def test_a_bad_key_is_named_with_what_is_allowed(flat: dict, sentence: str) -> None:

@@ -15,6 +15,7 @@ from left_running import left_running
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = {
+    "method": "spry",
     "num-server-rounds": 2,
     "data.num-labels": 2,
     "data.natural-field": "user",

@@ -1,6 +1,7 @@
 """Which nodes there are and which of them can be used: waiting with a deadline, introductions, sampling."""
 
 import time
+from collections import Counter
 from logging import INFO, WARNING
 
 import numpy as np
@@ -34,10 +35,10 @@ class Fleet:
         self._meet(grid, [node for node in connected if node not in self._introductions and node not in self._refused])
         usable = [node for node in connected if node in self._introductions]
         if len(usable) < needed:
-            reasons = "\n".join(f"  node {node}: {self._refused[node]}" for node in connected if node in self._refused)
+            reasons = Counter(self._refused[node] for node in connected if node in self._refused)
             raise SpryError(
                 f"{len(usable)} of {len(connected)} connected nodes can be used; server.min-available-nodes is "
-                f"{needed}.\n{reasons}"
+                f"{needed}. " + " ".join(f"{count} said: {reason}" for reason, count in reasons.most_common())
             )
         return sorted(usable, key=lambda node: (self._introductions[node].partition, node))
 
@@ -69,7 +70,7 @@ class Fleet:
             self._read(reply)
         for node in nodes:
             if node not in self._introductions:
-                reason = self._refused.setdefault(node, "no answer in time (server.round-timeout-s)")
+                reason = self._refused.setdefault(node, "no answer within server.round-timeout-s")
                 log(WARNING, "Node %s cannot be used: %s", node, reason)
 
     def _read(self, reply: Message) -> None:

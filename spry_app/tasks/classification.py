@@ -1,6 +1,6 @@
 """Classification of a text or a pair of texts: tokens, padded batches, loss, score. Never a model."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,10 @@ class Encoded:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def by_length(self, indices: Iterable[int]) -> list[int]:
+        """The rows from the shortest to the longest: batches in this order hold little padding."""
+        return sorted(indices, key=lambda row: len(self.features["input_ids"][row]))
 
     def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """Model inputs of these rows, (rows, longest of them), and "labels", (rows,); all int64 on the CPU."""
