@@ -4,6 +4,7 @@ downlink  "arrays": current adapter tensors            "config": round, client, 
 uplink    "arrays": the trained tensors, or nothing    "metrics": loss, counts, slopes    or "refusal": a sentence
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
@@ -88,7 +89,10 @@ class Score:
     def from_message(cls, message: Message) -> Self:
         """Raises MalformedReply."""
         metrics = _Record(message, "metrics")
-        return cls(metrics.get("loss", float), metrics.get("correct", int), metrics.get("heldout", int))
+        score = cls(metrics.get("loss", float), metrics.get("correct", int), metrics.get("heldout", int))
+        if not (0 <= score.correct <= score.examples and math.isfinite(score.loss)):
+            raise MalformedReply(f"an impossible score: {score.correct} of {score.examples}, loss {score.loss}")
+        return score
 
 
 @dataclass(frozen=True)

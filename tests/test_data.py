@@ -159,7 +159,7 @@ def test_a_number_of_labels_leaves_room_for_classes_that_no_row_has(sentences: s
 
 
 def test_a_node_uses_all_rows_of_its_own_file_and_no_others(tmp_path: Path) -> None:
-    config = DataConfig(source="/nowhere/to/be/found.jsonl", num_labels=3)
+    config = DataConfig(source="/nowhere/to/be/found.jsonl", num_labels=3, holdout=0.2)
     own = write(tmp_path / "own.csv", ROWS[:10])
     shard = load_shard(config, seed=0, index=-1, count=0, file=own)
     assert sorted(shard.train["text"][:] + shard.heldout["text"][:]) == sorted(row["text"] for row in ROWS[:10])

@@ -28,6 +28,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run_config(checkpoint: Path, rows: Path) -> dict[str, Any]:
     return {
+        "method": "spry",
         "model.name": str(checkpoint),
         "data.source": str(rows),
         "data.num-labels": 2,
@@ -39,6 +40,7 @@ def run_config(checkpoint: Path, rows: Path) -> dict[str, Any]:
         "client.directions": 2,
         "server.learning-rate": 0.05,
         "num-server-rounds": 2,
+        "server.evaluate-every": 2,
     }
 
 
@@ -164,6 +166,10 @@ def breaking(how: str) -> Any:
             tensors[first] = tensors[first].half()
         elif how == "nan loss":
             reply.content["metrics"]["train-loss"] = math.nan
+        elif how == "impossible score":
+            reply.content["metrics"].update({"loss": 1.0, "correct": 4, "heldout": 3})
+        elif how == "empty score":
+            reply.content["metrics"].update({"loss": 0.0, "correct": 0, "heldout": 0})
         elif how == "no metrics":
             reply.content["metrics"] = MetricRecord({})
         elif how == "no arrays":
@@ -186,6 +192,8 @@ def breaking(how: str) -> Any:
         ("extra", "not asked for: ['not.yours']"),
         ("half", "float16"),
         ("nan loss", "loss is nan"),
+        ("impossible score", "an impossible score: 4 of 3"),
+        ("empty score", "measurements are impossible"),
         ("no metrics", "slopes in the metrics is"),
         ("no arrays", "arrays are missing"),
         ("stranger", "it was not asked"),
