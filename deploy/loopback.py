@@ -14,13 +14,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from flwr.common.config import parse_config_args
-
 from spry_app.config import Scalar
 from spry_app.errors import SpryError
 from spry_app.launcher.logs import Tail, cause
 from spry_app.launcher.processes import Processes, usable_cores
 from spry_app.launcher.progress import describe
+from spry_app.launcher.settings import Simulation, run_config
 from spry_app.launcher.superlink import HOST, Outcome, SuperLink, environment, free_port, write_settings
 
 APP = Path(__file__).resolve().parent.parent
@@ -29,13 +28,13 @@ APP = Path(__file__).resolve().parent.parent
 def main() -> int:
     arguments = _arguments()
     output = arguments.output_dir.resolve()
-    settings: dict[str, Scalar] = parse_config_args(arguments.run_config) | {"output-dir": str(output)}
     folder = Path(tempfile.mkdtemp(prefix="spry-"))
     logs, neutral = folder / "logs", folder / "empty"
     logs.mkdir()
     neutral.mkdir()
     kept = output / "not-started"
     try:
+        settings = run_config(Simulation(APP, len(arguments.data), arguments.run_config or (), output_dir=output))
         with Processes(environment(folder), neutral) as processes:
             superlink = SuperLink(processes, logs)
             superlink.start("--database", str(folder / "state.db"))

@@ -13,7 +13,7 @@ from spry_app.objectives import batch_of
 from spry_app.protocol import to_arrays
 from spry_app.tasks import classification
 
-CLIENTS, ROUNDS = 3, 300
+CLIENTS, ROUNDS = 3, 150
 
 
 @pytest.mark.parametrize(("method", "head_gradient"), [("spry", "forward"), ("spry-per-iteration", "exact")])

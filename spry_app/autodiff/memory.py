@@ -2,21 +2,30 @@
 
 import gc
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 MIB = 2**20
+T = TypeVar("T")
 
 
-def peak_mib(step: Callable[[], object], device: torch.device | str) -> float:
-    """MiB of tensors alive above the start of `step` at its worst; runs it once.
+def with_peak(step: Callable[[], T], device: torch.device | str) -> tuple[T, float]:
+    """What `step` returns, and the MiB of tensors alive above its start at its worst moment.
 
     Counts what the allocator hands out, temporaries inside operators too, and not the process (page cache, libraries).
     """
     gc.collect()
     peak = _cuda_peak if torch.device(device).type == "cuda" else _cpu_peak
-    return peak(step, torch.device(device)) / MIB
+    results: list[T] = []
+    worst = peak(lambda: results.append(step()), torch.device(device))
+    return results[0], worst / MIB
+
+
+def peak_mib(step: Callable[[], object], device: torch.device | str) -> float:
+    """The peak alone; see with_peak."""
+    return with_peak(step, device)[1]
 
 
 def _cuda_peak(step: Callable[[], object], device: torch.device) -> int:

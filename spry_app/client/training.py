@@ -1,5 +1,6 @@
 """One client's work in one round: local steps on the units it was given. Models and rows come from node.py."""
 
+import functools
 import itertools
 import time
 from collections.abc import Iterator, Set
@@ -7,7 +8,7 @@ from collections.abc import Iterator, Set
 from spry_app.autodiff.directions import Seed, Tensors
 from spry_app.autodiff.exact import estimate_with_exact
 from spry_app.autodiff.gradients import Estimate
-from spry_app.autodiff.memory import peak_mib
+from spry_app.autodiff.memory import with_peak
 from spry_app.client.node import Node
 from spry_app.config import RunConfig
 from spry_app.data import batches
@@ -29,15 +30,11 @@ def train(node: Node, task: Task, method: Method, config: RunConfig) -> TrainRep
     losses, examples, peak = 0.0, 0, 0.0
     for step, rows in enumerate(_local_batches(len(node.train), task, method, config)):
         seed = Seed(run=config.seed, round=task.round, client=task.client, step=step)
+        run = functools.partial(_estimate, node, rows, method, exact, optimizer.tensors, seed, config)
         if task.measure and step == 0:
-            estimates: list[Estimate] = []
-            peak = peak_mib(
-                lambda: estimates.append(_estimate(node, rows, method, exact, optimizer, seed, config)),  # noqa: B023
-                node.adapted.device,
-            )
-            estimate = estimates[0]
+            estimate, peak = with_peak(run, node.adapted.device)
         else:
-            estimate = _estimate(node, rows, method, exact, optimizer, seed, config)
+            estimate = run()
         optimizer.step(estimate.gradient)
         slopes.append(estimate.slopes)
         losses, examples = losses + estimate.loss * len(rows), examples + len(rows)
@@ -58,14 +55,14 @@ def _estimate(
     rows: list[int],
     method: Method,
     exact: Set[str],
-    optimizer: NamedOptimizer,
+    tensors: Tensors,
     seed: Seed,
     config: RunConfig,
 ) -> Estimate:
     batch = batch_of(node.adapted, node.train, rows, config.client.micro_batch, seed)
     client = config.client
     return estimate_with_exact(
-        method.gradient, batch, optimizer.tensors, exact, seed, client.directions, client.directions_at_once
+        method.gradient, batch, tensors, exact, seed, client.directions, client.directions_at_once
     )
 
 
