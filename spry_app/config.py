@@ -95,7 +95,8 @@ class ClientConfig(_Section):
     """Batches a round, over as many passes as that takes; 0 for local-epochs (per-epoch) or one (per-iteration)."""
     batch_size: Count = 8
     micro_batch: int = Field(4, ge=0)
-    """Examples that pass through the model at once; 0 for the whole batch. Saves memory, changes no result."""
+    """Examples that pass through the model at once; 0 for the whole batch. Saves memory; changes nothing but rounding
+    and dropout masks."""
     directions: Count = 8
     """Random directions averaged per batch (K in the papers)."""
     directions_at_once: Count = 4
@@ -153,6 +154,10 @@ class RunConfig(_Section):
     data: DataConfig = DataConfig()
     client: ClientConfig = ClientConfig()
     server: ServerConfig = ServerConfig()
+
+    def evaluates(self, round_: int) -> bool:
+        """Whether a round is evaluated: every `server.evaluate-every` rounds, before the first and after the last."""
+        return round_ == self.num_server_rounds or round_ % self.server.evaluate_every == 0
 
     @classmethod
     def from_flower(cls, flat: Mapping[str, Any]) -> Self:

@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from tiny_models import tiny_batch, tiny_model, trainables
 from torch import Tensor
 from torch.func import functional_call
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from spry_app.autodiff.directions import Seed
 from spry_app.autodiff.exact import estimate_with_exact
@@ -65,30 +64,3 @@ def test_the_exact_head_stores_no_activations_of_the_network() -> None:
     mixed = peak_mib(lambda: estimate_with_exact(FORWARD, batch, params, head, SEED, 1, 1), "cpu")
     alone = peak_mib(lambda: FORWARD.estimate(batch, params, SEED, 1, 1), "cpu")
     assert mixed < 1.1 * alone
-
-
-class Products(TorchDispatchMode):
-    """Multiply-adds of matrix products whose weight has `width` rows or columns on both sides (frozen layers)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
-        name = str(func)
-        if name.startswith(("aten.mm", "aten.bmm", "aten.addmm", "aten.matmul")):
-            left, right = [a for a in args if isinstance(a, Tensor)][-2:]
-            self.count += left.numel() * right.shape[-1]
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("directions", [2, 4, 8])
-def test_directions_that_share_a_pass_cost_one_pass_each_and_one_more(directions: int) -> None:
-    """n directions at once: (1 + n) / 2n of the products of n directions one by one, within 15 % (LoRA, attention)."""
-    objective, params, _ = case("bert", examples=8, length=16)
-    counts = []
-    for at_once in (1, directions):
-        with Products() as products:
-            FORWARD.estimate([Part(objective, 1.0)], params, SEED, directions, at_once)
-        counts.append(products.count)
-    assert counts[1] / counts[0] == pytest.approx((1 + directions) / (2 * directions), rel=0.15)

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 from torch.nn import Module
 
@@ -59,19 +59,21 @@ def _load_node(config: RunConfig, path: str, file: str, index: int, count: int) 
     return Node(adapted, encode(shard.train), encode(shard.heldout), index)
 
 
-_trusted: WeakSet[Module] = WeakSet()
+_trusted: WeakKeyDictionary[Module, bool] = WeakKeyDictionary()
+"""Models that passed, and whether directions that share a pass were tested too."""
 
 
 def check_forward_mode(node: Node, at_once: int) -> None:
     """Self-test of the model as loaded, once a process. Raises SpryError: a wrong slope must never be trained on."""
     model = node.adapted.model
-    if model in _trusted:
+    shared = at_once > 1
+    if model in _trusted and (_trusted[model] or not shared):
         return
     few = objective(node.adapted, node.train, range(min(2, len(node.train))), Seed(run=0, round=0, client=0, step=0))
     try:
         self_test(few, node.adapted.tensors(), model)
-        if at_once > 1:
+        if shared:
             shared_pass_test(few, node.adapted.tensors(), model)
     except SelfTestError as error:
         raise SpryError(f"Self-test of forward mode failed: {error}") from error
-    _trusted.add(model)
+    _trusted[model] = shared

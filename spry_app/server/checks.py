@@ -16,8 +16,10 @@ def problem(reply: TrainReply, asked: Mapping[str, torch.Tensor], steps: int, di
     """
     if not math.isfinite(reply.loss):
         return f"its loss is {reply.loss}"
-    if not math.isfinite(reply.peak_mib) or (reply.personal is not None and reply.personal.examples < 1):
-        return f"its measurements are impossible: peak {reply.peak_mib} MiB, score {reply.personal}"
+    if not math.isfinite(reply.peak_mib + reply.seconds) or (
+        reply.personal is not None and reply.personal.examples < 1
+    ):
+        return f"its measurements are impossible: peak {reply.peak_mib} MiB, {reply.seconds} s, score {reply.personal}"
     if reply.examples < 1:
         return f"it was trained on {reply.examples} examples"
     return _tensor_problem(reply.tensors, asked) or _slope_problem(reply, steps, directions)

@@ -20,8 +20,8 @@ class Round:
 
     loss, accuracy: of the global model on rows that no client trained on (generalised). train_loss: mean over the
     clients' batches. personalised_accuracy: of clients after their local training, on their held-out rows. mib_up,
-    mib_down: since the start, as serialised. seconds: since the start. peak_mib: of the first step of one client, a
-    different one each time.
+    mib_down: since the start, as serialised. seconds: since the start. client_seconds: of the slowest client.
+    peak_mib: of the first step of one client, a different one each time.
     asked, answered, refused: clients; refused replies were not used.
     """
 
@@ -34,6 +34,7 @@ class Round:
     mib_up: float = 0.0
     mib_down: float = 0.0
     seconds: float = 0.0
+    client_seconds: float | None = None
     peak_mib: float | None = None
     asked: int = 0
     answered: int = 0

@@ -48,7 +48,7 @@ def run(grid: Grid, context: Context) -> None:
 
     def evaluate(round_: int, arrays: ArrayRecord) -> MetricRecord | None:
         """Central evaluation after each round; closes the round's record."""
-        due = round_ % config.server.evaluate_every == 0 or round_ == config.num_server_rounds
+        due = config.evaluates(round_)
         result = _score(adapted, test, from_arrays(arrays)) if due and test is not None else None
         recorder.end(result)
         return MetricRecord({"accuracy": result.correct / result.examples}) if result else None

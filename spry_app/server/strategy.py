@@ -69,11 +69,6 @@ class SpryStrategy(Strategy):
         """Copies of the current tensors."""
         return {name: value.clone() for name, value in self.optimizer.tensors.items()}
 
-    def due(self, round_: int) -> bool:
-        """Whether this round is evaluated: every `server.evaluate-every` rounds, the first and the last."""
-        last = self.config.num_server_rounds
-        return round_ in (0, last) or round_ % self.config.server.evaluate_every == 0
-
     # -- training ------------------------------------------------------------------------------------------------
 
     def configure_train(
@@ -86,7 +81,7 @@ class SpryStrategy(Strategy):
         clients = self.fleet.sample(
             nodes, server.fraction_train, server.min_train_nodes, (self.config.seed, server_round)
         )
-        due = self.due(server_round)
+        due = self.config.evaluates(server_round)
         tensors = self.snapshot()
         self.tasks = {
             node: Task(
@@ -126,6 +121,7 @@ class SpryStrategy(Strategy):
             return None, None
         examples = sum(reply.examples for _, reply in accepted)
         now.train_loss = sum(reply.loss * reply.examples for _, reply in accepted) / examples
+        now.client_seconds = max(reply.seconds for _, reply in accepted)
         now.peak_mib = max(reply.peak_mib for _, reply in accepted) or None
         personal = [reply.personal for _, reply in accepted if reply.personal is not None]
         if personal:
@@ -199,7 +195,7 @@ class SpryStrategy(Strategy):
     ) -> Iterable[Message]:
         """Ask clients to score the global model, where the server has no test set of its own."""
         server = self.config.server
-        if not (self.score_on_clients and server.fraction_evaluate and self.due(server_round)):
+        if not (self.score_on_clients and server.fraction_evaluate and self.config.evaluates(server_round)):
             return []
         nodes = self.fleet.available(grid)
         nodes = self.fleet.sample(nodes, server.fraction_evaluate, 1, (self.config.seed, server_round, 1))
