@@ -38,7 +38,7 @@ def main() -> int:
         with Processes(environment(folder), neutral) as processes:
             superlink = SuperLink(processes, logs)
             superlink.start("--database", str(folder / "state.db"))
-            for index, node in enumerate(_nodes(arguments.data, arguments.model)):
+            for index, node in enumerate(_nodes(arguments)):
                 _start_node(processes, superlink.port, folder / f"node-{index}", logs / f"node-{index}.log", node)
             run_id = superlink.submit(APP, settings, {})
             kept = output / run_id
@@ -54,13 +54,15 @@ def main() -> int:
     return 0
 
 
-def _nodes(files: list[Path], model: Path | None) -> list[dict[str, Scalar]]:
-    """The node config of each node: its number, its own rows and, if given, its own copy of the model."""
-    own: dict[str, Scalar] = {} if model is None else {"model": str(model.resolve())}
-    return [
-        {"partition-id": index, "num-partitions": len(files), "data": str(path.resolve()), **own}
-        for index, path in enumerate(files)
+def _nodes(arguments: argparse.Namespace) -> list[dict[str, Scalar]]:
+    """The node config of each node: its number, its own rows and, if given, its own copy of the model, its memory."""
+    nodes: list[dict[str, Scalar]] = [
+        {"partition-id": index, "num-partitions": len(arguments.data), "data": str(path.resolve())}
+        for index, path in enumerate(arguments.data)
     ]
+    for node, memory_mib in zip(nodes, arguments.memory_mib or (), strict=False):
+        node["memory-budget-mib"] = memory_mib
+    return nodes if arguments.model is None else [node | {"model": str(arguments.model.resolve())} for node in nodes]
 
 
 def _start_node(processes: Processes, port: int, home: Path, log: Path, settings: dict[str, Scalar]) -> None:
@@ -88,8 +90,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("data", type=Path, nargs="+", help="training file of each node; as many nodes as files")
     parser.add_argument("--run-config", action="append", help="as of `flwr run`")
     parser.add_argument("--model", type=Path, help="checkpoint folder that every node loads instead of model.name")
+    parser.add_argument("--memory-mib", type=float, nargs="+", help="what a training step may take, of each node")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs"))
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.memory_mib and len(arguments.memory_mib) != len(arguments.data):
+        parser.error(f"--memory-mib has {len(arguments.memory_mib)} numbers for {len(arguments.data)} nodes")
+    return arguments
 
 
 if __name__ == "__main__":

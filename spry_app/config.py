@@ -101,6 +101,14 @@ class ClientConfig(_Section):
     """Random directions averaged per batch (K in the papers)."""
     directions_at_once: Count = 4
     """Directions that share a forward pass: n cost 1 + n passes instead of 2 n, and n times the memory of one."""
+    memory_budget_mib: Annotated[int, Field(ge=1)] | Literal["", "auto"] = ""
+    """What a step may take beside the loaded model: micro-batch, directions-at-once and the size of temporaries are
+    chosen to fit. "auto" is half of what is free; a node's own `memory-budget-mib` (--node-config) comes first."""
+    prefix_cache_mib: int = Field(64, ge=0)
+    """Memory for hidden states below the lowest unit that a client trains: they are the same for all directions of a
+    step and all steps of a task. 0 computes them anew in every pass, as does dropout in the adapter."""
+    prefix_cache_disk_mib: int = Field(0, ge=0)
+    """Disk, in the folder TMPDIR, for hidden states that do not fit in `prefix-cache-mib`."""
 
 
 class ServerConfig(_Section):
@@ -138,8 +146,13 @@ class RunConfig(_Section):
     """Row of the method table, or "package.module:object" for a Method of your own."""
     strategy: str = ""
     """"package.module:Class" for a Flower Strategy of your own, made with the arguments of SpryStrategy."""
-    gradient: Literal["", "forward-mode", "central-difference", "one-sided-difference", "backprop"] = ""
+    gradient: Literal[
+        "", "forward-mode", "central-difference", "one-sided-difference", "backprop", "checkpointed-backprop"
+    ] = ""
     """How a client gets a gradient; empty for the method's own."""
+    assign: Literal["", "every-unit", "cyclic", "by-depth"] = ""
+    """Which client trains which units: all of them, dealt like cards (SPRY), or bands of neighbours with the upper ones
+    for the nodes that state the least memory. Empty for the method's own."""
     head: Literal["shared", "split"] = "shared"
     """The classification head goes to every client, or is dealt like any other unit."""
     head_gradient: Literal["exact", "forward"] = "exact"

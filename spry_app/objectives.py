@@ -1,36 +1,52 @@
 """A model, a task and some rows, as a function of the trainable tensors; and its score. Used by client and server."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from spry_app.autodiff.directions import Seed, Tensors
 from spry_app.autodiff.slopes import Objective, Part
-from spry_app.models import AdaptedModel
+from spry_app.models import AdaptedModel, Entering
 from spry_app.protocol import Score
 from spry_app.tasks import classification
 from spry_app.tasks.classification import Encoded
 
+Prefix = Callable[[Sequence[Sequence[int]]], list[Entering | None]]
+"""Micro-batches -> where the pass of each begins."""
 
-def objective(adapted: AdaptedModel, rows: Encoded, indices: Sequence[int], seed: Seed) -> Objective:
+
+def objective(
+    adapted: AdaptedModel, rows: Encoded, indices: Sequence[int], seed: Seed, entering: Entering | None = None
+) -> Objective:
     """Mean loss of some rows: a deterministic function, since its dropout masks depend on `seed` alone."""
     inputs = rows.batch(indices)
     labels = inputs.pop("labels")
     masks = hash((seed.run, seed.round, seed.client, seed.step)) & (2**63 - 1)
 
     def loss_of(params: Tensors) -> Tensor:
-        logits = adapted.logits(params, inputs, dropout=masks)
+        logits = adapted.logits(params, inputs, dropout=masks, entering=entering)
         return classification.loss(logits, labels.to(logits.device))
 
     return loss_of
 
 
-def batch_of(adapted: AdaptedModel, rows: Encoded, indices: Sequence[int], micro_batch: int, seed: Seed) -> list[Part]:
+def batch_of(
+    adapted: AdaptedModel,
+    rows: Encoded,
+    indices: Sequence[int],
+    micro_batch: int,
+    seed: Seed,
+    prefix: Prefix | None = None,
+) -> list[Part]:
     """The rows as micro-batches whose weighted losses add up to the mean over all of them; 0 means one part."""
     size, order = micro_batch or len(indices), rows.by_length(indices)
     slices = [order[start : start + size] for start in range(0, len(order), size)]
-    return [Part(objective(adapted, rows, part, seed), len(part) / len(order)) for part in slices]
+    starts = prefix(slices) if prefix else [None] * len(slices)
+    return [
+        Part(objective(adapted, rows, part, seed, start), len(part) / len(order))
+        for part, start in zip(slices, starts, strict=True)
+    ]
 
 
 @torch.no_grad()

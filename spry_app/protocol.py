@@ -145,12 +145,14 @@ class Introduction:
     """What a node says of itself before it is given work.
 
     partition: its number among the nodes, -1 if it has none. fingerprint: of its base model. examples, heldout: rows.
+    memory_mib: what a training step may take on it, 0.0 if it does not say.
     """
 
     partition: int
     fingerprint: str
     examples: int
     heldout: int
+    memory_mib: float = 0.0
 
     def to_message(self, task: Message) -> Message:
         config = ConfigRecord(
@@ -159,6 +161,7 @@ class Introduction:
                 "fingerprint": self.fingerprint,
                 "examples": self.examples,
                 "heldout": self.heldout,
+                "memory-mib": self.memory_mib,
             }
         )
         return Message(content=RecordDict({"introduction": config}), reply_to=task)
@@ -167,11 +170,15 @@ class Introduction:
     def from_message(cls, message: Message) -> Self:
         """Raises MalformedReply."""
         config = _Record(message, "introduction")
+        memory_mib = config.get("memory-mib", float)
+        if not 0 <= memory_mib < math.inf:
+            raise MalformedReply(f"an impossible memory: {memory_mib} MiB")
         return cls(
             partition=config.get("partition", int),
             fingerprint=config.get("fingerprint", str),
             examples=config.get("examples", int),
             heldout=config.get("heldout", int),
+            memory_mib=memory_mib,
         )
 
 

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 from client_app import app as client_app
-from spry_app.config import RunConfig
+from spry_app.config import RunConfig, Scalar
 from spry_app.data import label_names
 from spry_app.methods import get_method
 from spry_app.models import AdaptedModel, load_model
@@ -64,21 +64,54 @@ def make_rows(path: Path, rows: int, offset: int = 0) -> Path:
     return path
 
 
-class LocalGrid:
-    """Flower's Grid as a strategy sees it. `tamper(partition, reply)` may change a reply or lose it (None)."""
+def tiny_run(folder: Path) -> dict[str, Any]:
+    """Run config of two short rounds on the checkpoint and the rows above, made in `folder`."""
+    return {
+        "method": "spry",
+        "model.name": str(make_checkpoint(folder / "tiny")),
+        "data.source": str(make_rows(folder / "rows.jsonl", 96)),
+        "data.num-labels": 2,
+        "data.partition": "iid",
+        "data.holdout": 0.25,
+        "client.learning-rate": 0.05,
+        "client.batch-size": 8,
+        "client.local-steps": 2,
+        "client.directions": 2,
+        "server.learning-rate": 0.05,
+        "num-server-rounds": 2,
+        "server.evaluate-every": 2,
+    }
 
-    def __init__(self, clients: int, run_config: dict[str, Any], first_id: int = 100, tamper: Tamper | None = None):
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """The same tensors to the bit, by name."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+class LocalGrid:
+    """Flower's Grid as a strategy sees it. `tamper(partition, reply)` may change a reply or lose it (None).
+
+    node_ids: of the partitions, in their order. own: what each partition says in its node config besides.
+    """
+
+    def __init__(
+        self,
+        clients: int,
+        run_config: dict[str, Any],
+        node_ids: Sequence[int] = (),
+        tamper: Tamper | None = None,
+        own: Sequence[Mapping[str, Scalar]] = (),
+    ) -> None:
         self.tamper = tamper
-        self.contexts = {
-            first_id + 7 * index: Context(
+        self.contexts: dict[int, Context] = {}
+        for partition, node in enumerate(node_ids or range(100, 100 + 7 * clients, 7)):
+            self.contexts[node] = Context(
                 run_id=1,
-                node_id=first_id + 7 * index,
-                node_config={"partition-id": index, "num-partitions": clients},
+                node_id=node,
+                node_config={"partition-id": partition, "num-partitions": clients, **(own[partition] if own else {})},
                 state=RecordDict(),
                 run_config=run_config,
             )
-            for index in range(clients)
-        }
         self._ids = itertools.count()
 
     def get_node_ids(self) -> Iterable[int]:
@@ -110,7 +143,7 @@ class Federation:
         config = self.config
         self.strategy = SpryStrategy(
             config=config,
-            method=get_method(config.method, config.gradient, config.server.optimizer),
+            method=get_method(config),
             units=self.adapted.units,
             tensors=self.adapted.tensors(),
             fingerprint=self.adapted.fingerprint,

@@ -25,6 +25,7 @@ PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
         ({"seed": True}, "valid integer"),
         ({"model.quantization": "nf5"}, "'none', 'nf4', 'fp4' or 'int8'"),
         ({"data.holdout": 1.0}, "less than 1"),
+        ({"assign": "cyclical"}, "'', 'every-unit', 'cyclic' or 'by-depth'"),
         ({"client.micro-batch": -1}, "greater than or equal to 0"),
     ],
 )

@@ -36,12 +36,14 @@ def temporary() -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def deploy(folder: Path, temporary: Path, files: list[Path], **settings: object) -> subprocess.CompletedProcess[str]:
+def deploy(
+    folder: Path, temporary: Path, files: list[Path], *options: str, **settings: object
+) -> subprocess.CompletedProcess[str]:
     """Run deploy/loopback.py to its end in `folder`, which holds the checkpoint and the test rows."""
     keys = SETTINGS | {"model.name": str(folder / "tiny"), "data.source": str(files[0])} | settings
     run_config = " ".join(f"{key}={json.dumps(value)}" for key, value in keys.items())
     return subprocess.run(
-        [sys.executable, str(ROOT / "deploy" / "loopback.py"), *map(str, files), "--run-config", run_config],
+        [sys.executable, str(ROOT / "deploy" / "loopback.py"), *map(str, files), "--run-config", run_config, *options],
         cwd=folder,
         env=os.environ | {"TMPDIR": str(temporary), "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -54,7 +56,8 @@ def test_two_nodes_with_data_of_their_own_train_one_model(tmp_path: Path, tempor
     make_checkpoint(tmp_path / "tiny")
     files = [make_rows(tmp_path / f"node-{node}.jsonl", 64, offset=1000 * node) for node in range(2)]
     test = make_rows(tmp_path / "test.jsonl", 40, offset=5000)
-    done = deploy(tmp_path, temporary, files, **{"data.test": str(test)})
+    settings = {"data.test": str(test), "assign": "by-depth"}
+    done = deploy(tmp_path, temporary, files, "--memory-mib", "4000", "64", **settings)
     assert done.returncode == 0, done.stdout + done.stderr
     (run,) = (tmp_path / "outputs").iterdir()
     result = json.loads((run / "result.json").read_text())

@@ -2,20 +2,24 @@
 
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from spry_app.autodiff.gradients import GRADIENTS
+from spry_app.config import RunConfig, keys
 from spry_app.errors import SpryError
-from spry_app.methods import METHODS, Method, get_method
+from spry_app.methods import METHODS, Deal, Method, get_method
+from spry_app.methods.assignment import ASSIGNMENTS, depth_split
+from spry_app.optimizers import SERVER_OPTIMIZERS
 
 OWN = '''
 from spry_app.autodiff.gradients import GRADIENTS
 from spry_app.methods import Method
 
-def pairs(units, clients, round_):
+def pairs(deal):
     """Clients 2i and 2i+1 train the same unit."""
-    return [[units[(client // 2 + round_) % len(units)]] for client in range(clients)]
+    return [[deal.units[(client // 2 + deal.round) % len(deal.units)]] for client in range(deal.clients)]
 
 paired = Method(gradient=GRADIENTS["forward-mode"], assign=pairs, paper="this test")
 not_a_method = 3
@@ -35,8 +39,9 @@ def test_every_row_names_its_source() -> None:
 
 
 def test_a_users_method_is_found_by_its_path(own_module: str) -> None:
-    method = get_method(f"{own_module}:paired")
-    assert method.assign(["a", "b"], 4, 0) == [["a"], ["a"], ["b"], ["b"]]
+    method = get_method(RunConfig(method=f"{own_module}:paired"))
+    deal = Deal(units=("a", "b"), depths=(0, 1), sizes=(1, 1), blocks=2, memory_mib=(0.0,) * 4, round=0)
+    assert method.assign(deal) == [["a"], ["a"], ["b"], ["b"]]
 
 
 @pytest.mark.parametrize(
@@ -50,20 +55,29 @@ def test_a_users_method_is_found_by_its_path(own_module: str) -> None:
 )
 def test_an_unknown_method_is_refused_in_words(own_module: str, name: str, sentence: str) -> None:
     with pytest.raises(SpryError) as caught:
-        get_method(name)
+        get_method(RunConfig(method=name))
     assert sentence in str(caught.value)
 
 
 def test_keys_replace_single_choices_of_a_method() -> None:
-    method = get_method("spry", gradient="backprop", server_optimizer="adam")
+    flat = {"method": "spry", "gradient": "backprop", "server.optimizer": "adam"}
+    method = get_method(RunConfig.from_flower(flat))
     assert method.gradient is GRADIENTS["backprop"]
     assert method.server_optimizer == "adam"
     assert method.assign is METHODS["spry"].assign
+    assert get_method(RunConfig.from_flower(flat | {"assign": "by-depth"})).assign is depth_split
+
+
+@pytest.mark.parametrize(
+    ("key", "table"), [("gradient", GRADIENTS), ("assign", ASSIGNMENTS), ("server.optimizer", SERVER_OPTIMIZERS)]
+)
+def test_a_key_that_replaces_a_choice_may_be_any_row_of_its_table(key: str, table: dict) -> None:
+    assert set(get_args(dict(keys())[key].annotation)) == {"", *table}
 
 
 def test_scalars_cannot_be_asked_of_backprop() -> None:
     with pytest.raises(SpryError, match="made of slopes"):
-        get_method("spry-per-iteration", gradient="backprop")
+        get_method(RunConfig(method="spry-per-iteration", gradient="backprop"))
 
 
 def test_a_method_without_source_is_refused() -> None:

@@ -17,9 +17,9 @@ from spry_app.autodiff.gradients import GRADIENTS
 from spry_app.methods import Method
 from spry_app.server.strategy import SpryStrategy
 
-def last_unit(units, clients, round_):
+def last_unit(deal):
     """Everyone trains the uppermost unit."""
-    return [[units[-1]] for _ in range(clients)]
+    return [[deal.units[-1]] for _ in range(deal.clients)]
 
 uppermost = Method(gradient=GRADIENTS["forward-mode"], assign=last_unit, server_optimizer="adam", paper="this test")
 

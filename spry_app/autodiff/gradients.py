@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from spry_app.autodiff.checkpointing import checkpointing
 from spry_app.autodiff.directions import Seed, Tensors, direction, weighted_sum
 from spry_app.autodiff.slopes import Batch, SlopeRule, central_difference, forward_mode, one_sided_difference
 
@@ -41,6 +42,12 @@ def _from_slopes(name: str, rule: SlopeRule, forwards: Callable[[int], float]) -
     return Gradient(name, estimate, rule, forwards)
 
 
+def _checkpointed_backprop(batch: Batch, params: Tensors, seed: Seed, directions: int, at_once: int = 1) -> Estimate:
+    """The exact gradient; the objective keeps its checkpoints and computes the rest again (arXiv 1604.06174)."""
+    with checkpointing():
+        return _backprop(batch, params, seed, directions, at_once)
+
+
 def _backprop(batch: Batch, params: Tensors, seed: Seed, directions: int, at_once: int = 1) -> Estimate:
     """The exact gradient; only the first two arguments are used."""
     leaves = {name: tensor.detach().requires_grad_(True) for name, tensor in params.items()}
@@ -67,5 +74,6 @@ GRADIENTS: dict[str, Gradient] = {
         _from_slopes("one-sided-difference", one_sided_difference(1e-4), lambda k: k + 1),
         # The backward pass costs about two forward passes.
         Gradient("backprop", _backprop, None, lambda k: 3),
+        Gradient("checkpointed-backprop", _checkpointed_backprop, None, lambda k: 4),
     )
 }

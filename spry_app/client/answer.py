@@ -3,10 +3,11 @@
 import functools
 from collections.abc import Callable
 
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 
 from spry_app.autodiff.gradients import GRADIENTS
 from spry_app.client.node import Node, check_forward_mode, load_node
+from spry_app.client.slicing import most_at_once, slices_of
 from spry_app.client.training import train as train_node
 from spry_app.config import RunConfig
 from spry_app.errors import SpryError
@@ -15,7 +16,8 @@ from spry_app.objectives import score
 from spry_app.protocol import Introduction, Score, Task, TrainReply, expected_fingerprint, refusal
 
 Answer = Callable[[Message, Context], Message]
-Work = Callable[[Node, Message, Method, RunConfig], Introduction | TrainReply | Score]
+Work = Callable[[Node, Message, Method, RunConfig, RecordDict], Introduction | TrainReply | Score]
+"""The last one is what Flower keeps for this node during the run."""
 
 
 def _answer(work: Work) -> Answer:
@@ -23,12 +25,12 @@ def _answer(work: Work) -> Answer:
     def answer(message: Message, context: Context) -> Message:
         try:
             config = RunConfig.from_flower(context.run_config)
-            method = get_method(config.method, config.gradient, config.server.optimizer)
+            method = get_method(config)
             node = load_node(config, context.node_config)
             _check_base(node.adapted.fingerprint, expected_fingerprint(message), config)
             if method.gradient is GRADIENTS["forward-mode"]:
-                check_forward_mode(node, config.client.directions_at_once)
-            return work(node, message, method, config).to_message(message)
+                check_forward_mode(node, most_at_once(node, config))
+            return work(node, message, method, config, context.state).to_message(message)
         except SpryError as error:
             return refusal(message, error)
 
@@ -36,17 +38,18 @@ def _answer(work: Work) -> Answer:
 
 
 @_answer
-def introduce(node: Node, message: Message, method: Method, config: RunConfig) -> Introduction:
-    return Introduction(node.partition, node.adapted.fingerprint, len(node.train), len(node.heldout))
+def introduce(node: Node, message: Message, method: Method, config: RunConfig, state: RecordDict) -> Introduction:
+    slices_of(node, method, config, state)  # a budget that is too small is refused before the first round
+    return Introduction(node.partition, node.adapted.fingerprint, len(node.train), len(node.heldout), node.memory_mib)
 
 
 @_answer
-def train(node: Node, message: Message, method: Method, config: RunConfig) -> TrainReply:
-    return train_node(node, Task.from_message(message), method, config)
+def train(node: Node, message: Message, method: Method, config: RunConfig, state: RecordDict) -> TrainReply:
+    return train_node(node, Task.from_message(message), method, config, slices_of(node, method, config, state))
 
 
 @_answer
-def evaluate(node: Node, message: Message, method: Method, config: RunConfig) -> Score:
+def evaluate(node: Node, message: Message, method: Method, config: RunConfig, state: RecordDict) -> Score:
     node.adapted.load_tensors(Task.from_message(message).tensors)
     return score(node.adapted, node.heldout, config.client.batch_size)
 

@@ -1,6 +1,7 @@
 """What a node holds for as long as its process lives: the model, its rows, encoded. Training is elsewhere."""
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
@@ -22,20 +23,23 @@ from spry_app.tasks.classification import Encoded
 class Node:
     """A model and one shard of rows, ready to work.
 
-    partition: number of the shard, -1 where the node has its own file.
+    partition: number of the shard, -1 where the node has its own file. memory_mib: what a training step may take on
+    this machine above the loaded model, 0.0 where the node config does not say.
     """
 
     adapted: AdaptedModel
     train: Encoded
     heldout: Encoded
     partition: int
+    memory_mib: float = 0.0
 
 
 def load_node(config: RunConfig, node_config: Mapping[str, bool | float | int | str]) -> Node:
     """The node that Flower's `node_config` describes; model and rows are loaded once a process.
 
     Keys: partition-id, num-partitions (a shard of `data.source`), data (the node's own file), model (its own copy of
-    the checkpoint). Raises SpryError where they do not make a usable node.
+    the checkpoint), memory-budget-mib (what a training step may take here above the loaded model). Raises SpryError
+    where they do not make a usable node.
     """
     file, path = str(node_config.get("data", "")), str(node_config.get("model", ""))
     if not file and not {"partition-id", "num-partitions"} <= node_config.keys():
@@ -44,19 +48,32 @@ def load_node(config: RunConfig, node_config: Mapping[str, bool | float | int | 
             'num-partitions (a shard of data.source), or data="/path/to/its/own.jsonl".'
         )
     index, count = int(node_config.get("partition-id", -1)), int(node_config.get("num-partitions", 0))
-    return _load_node(config, path, file, index, count)
+    return _load_node(config, path, file, index, count, _memory_mib(node_config))
+
+
+def _memory_mib(node_config: Mapping[str, bool | float | int | str]) -> float:
+    """What the node says a training step may take; 0.0 where it says nothing."""
+    if "memory-budget-mib" not in node_config:
+        return 0.0
+    stated = node_config["memory-budget-mib"]
+    if isinstance(stated, bool | str) or not 0 < stated < math.inf:
+        raise SpryError(
+            f"The node config has memory-budget-mib={stated!r}; it must be a positive number of MiB, "
+            "e.g. memory-budget-mib=64, or be left out."
+        )
+    return float(stated)
 
 
 _load_model = functools.lru_cache(maxsize=1)(load_model)
 
 
 @functools.lru_cache(maxsize=1024)
-def _load_node(config: RunConfig, path: str, file: str, index: int, count: int) -> Node:
+def _load_node(config: RunConfig, path: str, file: str, index: int, count: int, memory_mib: float) -> Node:
     labels = len(label_names(config.data))
     adapted = _load_model(config.model, config.adapter, labels, config.seed, path)
     shard = load_shard(config.data, config.seed, index, count, file)
     encode = functools.partial(classification.encode, tokenizer=adapted.tokenizer, max_length=config.data.max_length)
-    return Node(adapted, encode(shard.train), encode(shard.heldout), index)
+    return Node(adapted, encode(shard.train), encode(shard.heldout), index, memory_mib)
 
 
 _trusted: WeakKeyDictionary[Module, bool] = WeakKeyDictionary()

@@ -3,23 +3,25 @@
 import functools
 import itertools
 import time
-from collections.abc import Iterator, Set
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
+from spry_app.autodiff.budget import Slices
 from spry_app.autodiff.directions import Seed, Tensors
-from spry_app.autodiff.exact import estimate_with_exact
-from spry_app.autodiff.gradients import Estimate
-from spry_app.autodiff.memory import with_peak
+from spry_app.autodiff.memory import MIB, with_peak
 from spry_app.client.node import Node
+from spry_app.client.prefix import PrefixCache, may_start_at
+from spry_app.client.step import Step
 from spry_app.config import RunConfig
 from spry_app.data import batches
 from spry_app.methods import Method
 from spry_app.methods.replay import client_rule, exact_names, local_steps
-from spry_app.objectives import batch_of, score
+from spry_app.objectives import score
 from spry_app.optimizers import CLIENT_OPTIMIZERS, NamedOptimizer
 from spry_app.protocol import Score, Task, TrainReply
 
 
-def train(node: Node, task: Task, method: Method, config: RunConfig) -> TrainReply:
+def train(node: Node, task: Task, method: Method, config: RunConfig, slices: Slices) -> TrainReply:
     """Start from the task's tensors, step only the task's units, and reply as the method says."""
     started = time.monotonic()
     node.adapted.load_tensors(task.tensors)
@@ -28,16 +30,18 @@ def train(node: Node, task: Task, method: Method, config: RunConfig) -> TrainRep
     optimizer = NamedOptimizer(own, CLIENT_OPTIMIZERS, client_rule(config.client))
     slopes: list[tuple[float, ...]] = []
     losses, examples, peak = 0.0, 0, 0.0
-    for step, rows in enumerate(_local_batches(len(node.train), task, method, config)):
-        seed = Seed(run=config.seed, round=task.round, client=task.client, step=step)
-        run = functools.partial(_estimate, node, rows, method, exact, optimizer.tensors, seed, config)
-        if task.measure and step == 0:
-            estimate, peak = with_peak(run, node.adapted.device)
-        else:
-            estimate = run()
-        optimizer.step(estimate.gradient)
-        slopes.append(estimate.slopes)
-        losses, examples = losses + estimate.loss * len(rows), examples + len(rows)
+    with _prefix(node, own, config) as prefix:
+        step = Step(node, method.gradient, exact, config.client.directions, slices, prefix)
+        for number, rows in enumerate(_local_batches(len(node.train), task, method, config)):
+            seed = Seed(run=config.seed, round=task.round, client=task.client, step=number)
+            if task.measure and number == 0:
+                run = functools.partial(step.estimate, rows, optimizer.tensors, seed)
+                estimate, peak = with_peak(run, node.adapted.device)
+            else:
+                estimate = step.estimate(rows, optimizer.tensors, seed)
+            optimizer.step(estimate.gradient)
+            slopes.append(estimate.slopes)
+            losses, examples = losses + estimate.loss * len(rows), examples + len(rows)
     trained = {name: value.clone() for name, value in optimizer.tensors.items()}
     return TrainReply(
         tensors=trained if method.reply == "weights" else {name: trained[name] for name in sorted(exact)},
@@ -50,20 +54,19 @@ def train(node: Node, task: Task, method: Method, config: RunConfig) -> TrainRep
     )
 
 
-def _estimate(
-    node: Node,
-    rows: list[int],
-    method: Method,
-    exact: Set[str],
-    tensors: Tensors,
-    seed: Seed,
-    config: RunConfig,
-) -> Estimate:
-    batch = batch_of(node.adapted, node.train, rows, config.client.micro_batch, seed)
-    client = config.client
-    return estimate_with_exact(
-        method.gradient, batch, tensors, exact, seed, client.directions, client.directions_at_once
-    )
+@contextmanager
+def _prefix(node: Node, own: Iterable[str], config: RunConfig) -> Iterator[PrefixCache | None]:
+    """The blocks below all of the client's tensors do not change during its task, unless dropout makes them random."""
+    depth, client = node.adapted.depth(own), config.client
+    if not client.prefix_cache_mib or config.adapter.dropout or not may_start_at(node.adapted, node.train, depth):
+        yield None
+        return
+    memory, disk = client.prefix_cache_mib * MIB, client.prefix_cache_disk_mib * MIB
+    cache = PrefixCache(node.adapted, node.train, depth, memory, disk)
+    try:
+        yield cache
+    finally:
+        cache.close()
 
 
 def _local_batches(rows: int, task: Task, method: Method, config: RunConfig) -> Iterator[list[int]]:

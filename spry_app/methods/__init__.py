@@ -6,45 +6,59 @@ from importlib import import_module
 from typing import Any
 
 from spry_app.autodiff.gradients import GRADIENTS
+from spry_app.config import RunConfig
 from spry_app.errors import SpryError
-from spry_app.methods.assignment import cyclic_split
+from spry_app.methods.assignment import ASSIGNMENTS, Deal, cyclic_split
 from spry_app.methods.method import Method
 
-_SPRY = Method(
-    gradient=GRADIENTS["forward-mode"],
-    assign=cyclic_split,
-    reply="weights",
-    server_optimizer="yogi",
-    paper="SPRY, arXiv:2405.15551",
-)
+_FORWARD, _BACKPROP = GRADIENTS["forward-mode"], GRADIENTS["backprop"]
+_SPRY, _FEDAVG, _FEDYOGI = "SPRY, arXiv:2405.15551", "FedAvg, arXiv:1602.05629", "FedYogi, arXiv:2003.00295"
 
 METHODS: dict[str, Method] = {
-    "spry": _SPRY,
-    "spry-per-iteration": dataclasses.replace(_SPRY, reply="slopes"),
-    "fedavg": Method(gradient=GRADIENTS["backprop"], paper="FedAvg, arXiv:1602.05629"),
-    "fedyogi": Method(gradient=GRADIENTS["backprop"], server_optimizer="yogi", paper="FedYogi, arXiv:2003.00295"),
+    "spry": Method(gradient=_FORWARD, assign=cyclic_split, server_optimizer="yogi", paper=_SPRY),
+    "spry-per-iteration": Method(
+        gradient=_FORWARD, assign=cyclic_split, reply="slopes", server_optimizer="yogi", paper=_SPRY
+    ),
+    "fedfgd": Method(gradient=_FORWARD, server_optimizer="yogi", paper=f"FedFGD, without the split of {_SPRY}"),
+    "fedavg": Method(gradient=_BACKPROP, paper=_FEDAVG),
+    "fedavg-split": Method(gradient=_BACKPROP, assign=cyclic_split, paper=f"{_FEDAVG}, with the split of {_SPRY}"),
+    "fedyogi": Method(gradient=_BACKPROP, server_optimizer="yogi", paper=_FEDYOGI),
+    "fedyogi-split": Method(
+        gradient=_BACKPROP,
+        assign=cyclic_split,
+        server_optimizer="yogi",
+        paper=f"{_FEDYOGI}, with the split of {_SPRY}",
+    ),
 }
 
 
-def get_method(name: str, gradient: str = "", server_optimizer: str = "") -> Method:
-    """A row of the table, or the Method at "package.module:object"; the other keys replace a choice of it."""
+def get_method(config: RunConfig) -> Method:
+    """The Method of a run: `method` names it; `gradient`, `assign` and `server.optimizer` replace choices of it."""
+    changes: dict[str, Any] = {}
+    if config.gradient:
+        changes["gradient"] = GRADIENTS[config.gradient]
+    if config.assign:
+        changes["assign"] = ASSIGNMENTS[config.assign]
+    if config.server.optimizer:
+        changes["server_optimizer"] = config.server.optimizer
+    try:
+        return dataclasses.replace(_find(config.method), **changes)
+    except ValueError as error:
+        raise SpryError(f"method={config.method!r} with gradient={config.gradient!r}: {error}") from None
+
+
+def _find(name: str) -> Method:
+    """A row of the table, or the Method at "package.module:object"."""
     if ":" in name:
         method = load_object(name, "method")
         if not isinstance(method, Method):
             raise SpryError(f"method={name!r} is a {type(method).__name__}; it must be a spry_app.methods.Method.")
-    elif name in METHODS:
-        method = METHODS[name]
-    else:
+        return method
+    if name not in METHODS:
         near = difflib.get_close_matches(name, METHODS, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise SpryError(f'method={name!r} is not known.{hint} Known: {", ".join(METHODS)}, or "package.module:object".')
-    changes: dict[str, Any] = {"gradient": GRADIENTS[gradient]} if gradient else {}
-    if server_optimizer:
-        changes["server_optimizer"] = server_optimizer
-    try:
-        return dataclasses.replace(method, **changes)
-    except ValueError as error:
-        raise SpryError(f"method={name!r} with gradient={gradient!r}: {error}") from None
+    return METHODS[name]
 
 
 def load_object(path: str, key: str) -> Any:
@@ -56,4 +70,4 @@ def load_object(path: str, key: str) -> Any:
         raise SpryError(f'{key}={path!r} cannot be imported ({error}). It must be "package.module:object".') from error
 
 
-__all__ = ["METHODS", "Method", "get_method", "load_object"]
+__all__ = ["METHODS", "Deal", "Method", "get_method", "load_object"]

@@ -1,21 +1,116 @@
-"""Who trains which units. Pure functions of the units, the number of clients and the round."""
+"""Who trains which units. Pure functions of a Deal: units, what clients can bear, round. Nothing here trains."""
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
 
 
-def every_unit(units: Sequence[str], clients: int, round_: int) -> list[list[str]]:
+@dataclass(frozen=True, kw_only=True)
+class Deal:
+    """What is dealt out in one round, and to whom.
+
+    units: names, from the bottom of the model to its top. depths: the block of each unit, 0 for the lowest, `blocks`
+    for what lies above all of them. sizes: trainable values of each unit. blocks: how many the model has.
+    memory_mib: for each client, what a training step may take; 0.0 where it has not said. round: from 1.
+    """
+
+    units: tuple[str, ...]
+    depths: tuple[int, ...]
+    sizes: tuple[int, ...]
+    blocks: int
+    memory_mib: tuple[float, ...]
+    round: int
+
+    @property
+    def clients(self) -> int:
+        """How many clients take part."""
+        return len(self.memory_mib)
+
+
+Assign = Callable[[Deal], list[list[str]]]
+"""Deal -> the units of each client."""
+
+
+def every_unit(deal: Deal) -> list[list[str]]:
     """Every client trains everything."""
-    return [list(units) for _ in range(clients)]
+    return [list(deal.units) for _ in range(deal.clients)]
 
 
-def cyclic_split(units: Sequence[str], clients: int, round_: int) -> list[list[str]]:
+def cyclic_split(deal: Deal) -> list[list[str]]:
     """Deal the units out like cards, starting one client further each round (SPRY, arXiv:2405.15551, Algorithm 1).
 
     With fewer units than clients the dealing goes round again, so several clients hold the same unit. Every unit is
     held by a client; hands differ in size by one at most, and so do the numbers of holders of the units.
     """
-    hands: list[list[str]] = [[] for _ in range(clients)]
-    if units:
-        for turn in range(max(len(units), clients)):
-            hands[(turn + round_) % clients].append(units[turn % len(units)])
+    hands: list[list[str]] = [[] for _ in range(deal.clients)]
+    if deal.units:
+        for turn in range(max(len(deal.units), deal.clients)):
+            hands[(turn + deal.round) % deal.clients].append(deal.units[turn % len(deal.units)])
     return hands
+
+
+def depth_split(deal: Deal) -> list[list[str]]:
+    """A band of neighbouring units for each client: the lower its memory, the higher its band.
+
+    Tangents exist only above the lowest unit a client holds, so its cost is a matter of depth (`forward_passes`).
+    Bands hold about the same number of trainable values, on which the variance of a forward gradient depends. With
+    fewer units than clients, neighbours in strength hold the same unit; numbers of holders differ by one at most.
+    Clients of equal memory change places with the round: over as many rounds as there are of them, they pay alike.
+    A client that has stated no memory has stated no limit, and ranks with the strongest.
+    """
+    if not deal.units:
+        return [[] for _ in range(deal.clients)]
+    bands = _bands(deal.sizes, min(len(deal.units), deal.clients))
+    return [list(deal.units[bands[place * len(bands) // deal.clients]]) for place in _places(deal)]
+
+
+ASSIGNMENTS: dict[str, Assign] = {"every-unit": every_unit, "cyclic": cyclic_split, "by-depth": depth_split}
+
+
+def forward_passes(hand: Collection[str], deal: Deal, directions: int) -> float:
+    """Cost of one step on a hand when all directions share a pass, in forward passes through the whole model.
+
+    Below the lowest unit there is no tangent: prefix + (1 + directions) * suffix, each a fraction of the blocks.
+    """
+    depth = dict(zip(deal.units, deal.depths, strict=True))
+    lowest = min((depth[unit] for unit in hand), default=deal.blocks)
+    prefix = lowest / deal.blocks if deal.blocks else 1.0
+    return prefix + (1 + directions) * (1 - prefix)
+
+
+def _places(deal: Deal) -> list[int]:
+    """Place of each client, 0 at the bottom: most memory first; among equals one further each round."""
+    strength = [memory or math.inf for memory in deal.memory_mib]
+    places = [0] * deal.clients
+    first = 0
+    ranked = sorted(range(deal.clients), key=lambda client: -strength[client])
+    for _, group in itertools.groupby(ranked, key=lambda client: strength[client]):
+        equals = list(group)
+        for turn, client in enumerate(equals):
+            places[client] = first + (turn + deal.round) % len(equals)
+        first += len(equals)
+    return places
+
+
+def _bands(sizes: Sequence[int], count: int) -> list[slice]:
+    """Cut a row of units into `count` bands, none empty, with the least sum of squared sizes.
+
+    Dynamic programming over the end of each band. Where cuts are equally good the upper bands get fewer units: those
+    below them then start, and cost, no deeper than they must.
+    """
+    below = np.concatenate([[0], np.cumsum(sizes)]).astype(np.float64)
+    starts, ends = np.ogrid[: len(below), : len(below)]
+    square = np.where(starts < ends, (below[ends] - below[starts]) ** 2, np.inf)
+    best, cuts = square[0], []
+    for _ in range(count - 1):
+        total = best[:, None] + square
+        cuts.append(len(sizes) - total[::-1].argmin(axis=0))  # the last of the best starts
+        best = total.min(axis=0)
+    bands, end = [], len(sizes)
+    for cut in reversed(cuts):
+        bands.append(slice(int(cut[end]), end))
+        end = bands[-1].start
+    return [slice(0, end), *reversed(bands)]

@@ -1,15 +1,11 @@
 """What a federated method is: a small value made of independent choices. Nothing here computes or communicates."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from spry_app.autodiff.gradients import Gradient
-from spry_app.methods.assignment import every_unit
+from spry_app.methods.assignment import Assign, every_unit
 from spry_app.optimizers import SERVER_OPTIMIZERS
-
-Assign = Callable[[Sequence[str], int, int], list[list[str]]]
-"""(units, number of clients, round) -> the units of each client."""
 
 
 @dataclass(frozen=True, kw_only=True)

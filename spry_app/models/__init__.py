@@ -6,5 +6,6 @@ import logging
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 from spry_app.models.adapted import AdaptedModel, load_model, save_adapter  # noqa: E402
+from spry_app.models.blocks import Entering, NoPrefixError  # noqa: E402
 
-__all__ = ["AdaptedModel", "load_model", "save_adapter"]
+__all__ = ["AdaptedModel", "Entering", "NoPrefixError", "load_model", "save_adapter"]

@@ -1,6 +1,6 @@
 """A loaded model with its adapter: read, replace and save what is trained. Losses and gradients live elsewhere."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +15,12 @@ from transformers import PreTrainedTokenizerBase
 
 from spry_app.config import AdapterConfig, ModelConfig
 from spry_app.models.adapter import attach
+from spry_app.models.blocks import Entering, depth_of, install, run_until, starting_from
 from spry_app.models.checkpoint import find_device, load_checkpoint
 from spry_app.models.fingerprint import fingerprint
 from spry_app.models.randomness import seeded
 from spry_app.models.sources import public_name
-from spry_app.models.units import Units, group
+from spry_app.models.units import HEAD, Units, group
 
 Tensors = dict[str, Tensor]
 
@@ -34,6 +35,8 @@ class AdaptedModel:
     """Unit name -> names of its trainable tensors; by depth, "head" last."""
     fingerprint: str
     device: torch.device
+    blocks: tuple[str, ...] = ()
+    """Names of the transformer blocks, from the lowest; () where they are not to be found (blocks.install)."""
 
     def tensors(self) -> Tensors:
         """Every trainable tensor, fp32 copies on the CPU."""
@@ -51,18 +54,38 @@ class AdaptedModel:
             assert parameter.shape == tensor.shape, f"{name} is {tuple(tensor.shape)}, not {tuple(parameter.shape)}"
             parameter.copy_(tensor)
 
-    def logits(self, params: Mapping[str, Tensor], inputs: Mapping[str, Tensor], dropout: int | None = None) -> Tensor:
+    def logits(
+        self,
+        params: Mapping[str, Tensor],
+        inputs: Mapping[str, Tensor],
+        dropout: int | None = None,
+        entering: Entering | None = None,
+    ) -> Tensor:
         """Shape (batch, labels), fp32, with `params` in place of the parameters of those names.
 
         Duals and gradients pass through. `dropout` seeds LoRA's dropout masks, so that equal seeds give one
-        deterministic function to differentiate; None leaves dropout out.
+        deterministic function to differentiate; None leaves dropout out. `entering`: the pass begins there (`prefix`).
         """
         own = {name: self.model.get_parameter(name) for name in params}
         placed = {name: tensor.to(own[name].device, own[name].dtype) for name, tensor in params.items()}
-        batch = {name: tensor.to(self.device) for name, tensor in inputs.items() if name != "labels"}
-        with self._dropout(dropout):
-            logits: Tensor = functional_call(self.model, placed, kwargs=batch, tie_weights=False).logits
+        with self._dropout(dropout), starting_from(entering):
+            logits: Tensor = functional_call(self.model, placed, kwargs=self._batch(inputs), tie_weights=False).logits
         return logits.float()
+
+    @torch.no_grad()
+    def prefix(self, inputs: Mapping[str, Tensor], depth: int) -> Entering:
+        """What enters block `depth`, with the tensors now loaded and without dropout. Raises NoPrefixError."""
+        batch = self._batch(inputs)
+        return Entering(depth, run_until(depth, lambda: self.model(**batch)))
+
+    def depth(self, names: Iterable[str]) -> int:
+        """The lowest block with one of these tensors; the number of blocks if they are all the head's."""
+        head = set(self.units.get(HEAD, ()))
+        depths = [depth_of(name, self.blocks) for name in names if name not in head]
+        return min(depths, default=len(self.blocks))
+
+    def _batch(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.to(self.device) for name, tensor in inputs.items() if name != "labels"}
 
     @contextmanager
     def _dropout(self, seed: int | None) -> Iterator[None]:
@@ -97,7 +120,7 @@ def load_model(model: ModelConfig, adapter: AdapterConfig, num_labels: int, seed
     units = group(adapted)
     # A parameter that asks for gradients makes backprop keep the graph of units that this node does not train.
     adapted.requires_grad_(False)
-    return AdaptedModel(adapted, base.tokenizer, units, identity, device)
+    return AdaptedModel(adapted, base.tokenizer, units, identity, device, install(adapted))
 
 
 def save_adapter(adapted: AdaptedModel, tensors: Mapping[str, Tensor], folder: Path) -> None:

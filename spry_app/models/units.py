@@ -1,7 +1,7 @@
 """Trainable tensors grouped into units, the pieces a server deals out; who gets which is not decided here."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -10,7 +10,8 @@ from peft.utils import ModulesToSaveWrapper
 HEAD = "head"
 Units = dict[str, tuple[str, ...]]
 
-_BLOCK = re.compile(r".*?\.\d+(?=\.)")
+_BLOCK = re.compile(r"(.*?\.)(\d+)(?=\.)")
+"""A block at the start of a name, as the stack it belongs to ("encoder.layer.") and its number there."""
 
 
 def group(model: PeftModel) -> Units:
@@ -36,6 +37,24 @@ def group(model: PeftModel) -> Units:
             units.setdefault(unit or _bias_unit(short(name)), []).append(name)
     head = units.pop(HEAD, [])
     return {unit: tuple(names) for unit, names in [*units.items(), (HEAD, head)] if names}
+
+
+def depths(units: Iterable[str]) -> tuple[dict[str, int], int]:
+    """Unit -> its block, counted from the bottom, and the number of blocks; by names alone, in the order of `group`.
+
+    What stands before all blocks is at depth 0, what stands after them (the head) at the number of blocks. A second
+    stack (a decoder) counts on from the first. Layers that share their weights (ALBERT's) are one block.
+    """
+    found: dict[str, int] = {}
+    stack, base, blocks = "", 0, 0
+    for unit in units:
+        block = _BLOCK.match(unit)
+        if block and block[1] != stack:
+            stack, base = block[1], blocks
+        found[unit] = base + int(block[2]) if block else blocks
+        if block:
+            blocks = max(blocks, found[unit] + 1)
+    return found, blocks
 
 
 def _parents(name: str) -> Iterator[str]:

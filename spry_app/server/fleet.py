@@ -48,6 +48,10 @@ class Fleet:
         order = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed))).permutation(len(nodes))
         return [nodes[index] for index in sorted(order[:count].tolist())]
 
+    def memory_mib(self, nodes: list[int]) -> list[float]:
+        """What a training step may take on each of these available nodes, MiB; 0.0 where it has not said."""
+        return [self._introductions[node].memory_mib for node in nodes]
+
     def _wait(self, grid: Grid, needed: int) -> list[int]:
         deadline = time.monotonic() + self._config.wait_timeout_s
         while True:

@@ -30,7 +30,7 @@ _EVALUATION_BATCH = 32
 def run(grid: Grid, context: Context) -> None:
     """Everything a run does. Raises (never exits) where it fails, so that Flower marks the run as failed."""
     config = RunConfig.from_flower(context.run_config)
-    method = get_method(config.method, config.gradient, config.server.optimizer)
+    method = get_method(config)
     strategy_class = _strategy_class(config.strategy)
     adapted = load_model(config.model, config.adapter, len(label_names(config.data)), config.seed)
     test = _test_rows(config, adapted)

@@ -1,6 +1,6 @@
 """A round of any Method as a Flower Strategy: assign, send, check, average per tensor, step."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from logging import INFO
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -11,8 +11,9 @@ from flwr.serverapp.strategy import Strategy
 from spry_app.autodiff.directions import Seed, Tensors
 from spry_app.config import RunConfig
 from spry_app.errors import SpryError
-from spry_app.methods import Method
+from spry_app.methods import Deal, Method
 from spry_app.methods.replay import HEAD, client_rule, exact_names, local_steps, replay
+from spry_app.models.units import depths
 from spry_app.optimizers import SERVER_OPTIMIZERS, NamedOptimizer, Rule
 from spry_app.protocol import (
     EVALUATE,
@@ -54,6 +55,7 @@ class SpryStrategy(Strategy):
     ) -> None:
         self.config, self.method, self.units, self.recorder = config, method, units, recorder
         self.fingerprint, self.score_on_clients = fingerprint, score_on_clients
+        self.depths, self.blocks = depths(units)
         self.exact = exact_names(units, method, config.head_gradient)
         self.fleet = Fleet(config.server, fingerprint)
         server = config.server
@@ -81,6 +83,7 @@ class SpryStrategy(Strategy):
         clients = self.fleet.sample(
             nodes, server.fraction_train, server.min_train_nodes, (self.config.seed, server_round)
         )
+        hands = self.assign(self.fleet.memory_mib(clients), server_round)
         due = self.config.evaluates(server_round)
         tensors = self.snapshot()
         self.tasks = {
@@ -93,18 +96,37 @@ class SpryStrategy(Strategy):
                 evaluate=due,
                 measure=due and index == server_round % len(clients),
             )
-            for index, (node, units) in enumerate(zip(clients, self.assign(len(clients), server_round), strict=True))
+            for index, (node, units) in enumerate(zip(clients, hands, strict=True))
         }
         messages = [task.to_message(node) for node, task in self.tasks.items()]
         self.recorder.current.asked = len(messages)
         self.recorder.sent(sum(map(size_bytes, messages)))
         return messages
 
-    def assign(self, clients: int, round_: int) -> list[list[str]]:
-        """The units of each client: the method's split, and the head to everyone where it is shared."""
+    def assign(self, memory_mib: Sequence[float], round_: int) -> list[list[str]]:
+        """The units of each client: the method's split, and the head to everyone where it is shared.
+
+        memory_mib: what a training step may take on each client, 0.0 where it has not said. Raises SpryError where a
+        method of the user's own deals out what there is not.
+        """
         shared = [HEAD] if self.config.head == "shared" and HEAD in self.units else []
-        dealt = [unit for unit in self.units if unit not in shared]
-        return [[*hand, *shared] for hand in self.method.assign(dealt, clients, round_)]
+        dealt = tuple(unit for unit in self.units if unit not in shared)
+        deal = Deal(
+            units=dealt,
+            depths=tuple(self.depths[unit] for unit in dealt),
+            sizes=tuple(sum(self.optimizer.tensors[name].numel() for name in self.units[unit]) for unit in dealt),
+            blocks=self.blocks,
+            memory_mib=tuple(memory_mib),
+            round=round_,
+        )
+        hands = self.method.assign(deal)
+        unknown = sorted({unit for hand in hands for unit in hand} - set(dealt))
+        if len(hands) != deal.clients or unknown:
+            raise SpryError(
+                f"`assign` of method={self.config.method!r} made {len(hands)} hands for {deal.clients} clients, with "
+                f"unknown units {unknown}; it must make one hand a client, of deal.units."
+            )
+        return [[*hand, *shared] for hand in hands]
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]

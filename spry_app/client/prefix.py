@@ -1,0 +1,120 @@
+"""Hidden states that enter a client's lowest block, kept while it trains: below it nothing changes during a task. Never
+what is trained on them.
+"""
+
+import logging
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from spry_app.models import AdaptedModel, Entering, NoPrefixError
+from spry_app.tasks.classification import Encoded
+
+logger = logging.getLogger(__name__)
+
+
+class PrefixCache:
+    """For one task: the model's loaded tensors below `depth` must stay as they are, and dropout must be off.
+
+    memory_bytes: for the batch at hand and, as far as they fit beside it, all rows seen so far; disk_bytes: for the
+    rows after those, in a temporary folder (of TMPDIR), which `close` removes.
+    """
+
+    def __init__(
+        self, adapted: AdaptedModel, rows: Encoded, depth: int, memory_bytes: int, disk_bytes: int = 0
+    ) -> None:
+        self._adapted, self._rows, self._depth = adapted, rows, depth
+        self._memory, self._disk = memory_bytes, disk_bytes
+        self._batch = 0
+        """Bytes of the hidden states of the batch at hand."""
+        self._kept: dict[int, Tensor | Path] = {}
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def entering(self, slices: Sequence[Sequence[int]]) -> list[Entering | None]:
+        """What enters block `depth` for each micro-batch; None where the memory ends: that one starts at the bottom."""
+        self._batch, found = 0, []
+        for rows in slices:
+            hidden = self._hidden(rows) if self._batch < self._memory else None
+            if hidden is not None:
+                self._batch += hidden.nbytes
+            found.append(None if hidden is None or self._batch > self._memory else Entering(self._depth, hidden))
+        return found
+
+    def close(self) -> None:
+        """Forget everything."""
+        self._kept.clear()
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    def _hidden(self, rows: Sequence[int]) -> Tensor:
+        """Shape (rows, longest of them, width), on the model's device."""
+        new = [row for row in rows if row not in self._kept]
+        if not new:
+            return pad_sequence([self._read(row) for row in rows], batch_first=True)
+        # With padding on the left, positions may depend on the other rows of the batch, so nothing is kept.
+        left = self._rows.tokenizer.padding_side == "left"
+        computed = self._adapted.prefix(self._rows.batch(rows if left else new), self._depth).hidden
+        if left:
+            return computed
+        fresh = {row: states[: self._length(row)] for row, states in zip(new, computed, strict=True)}
+        self._keep(fresh, beside=self._batch + len(rows) * max(map(self._length, rows)) * computed[0, 0].nbytes)
+        if len(new) == len(rows):
+            return computed
+        return pad_sequence([fresh[row] if row in fresh else self._read(row) for row in rows], batch_first=True)
+
+    def _keep(self, fresh: dict[int, Tensor], beside: int) -> None:
+        for row, states in fresh.items():
+            if beside + states.nbytes <= self._memory:
+                self._memory -= states.nbytes
+                self._kept[row] = states.clone()
+            elif states.nbytes <= self._disk:
+                self._disk -= states.nbytes
+                self._kept[row] = self._write(row, states)
+
+    def _write(self, row: int, states: Tensor) -> Path:
+        self._folder = self._folder or tempfile.TemporaryDirectory(prefix="spry-prefix-")
+        path = Path(self._folder.name) / f"{row}.safetensors"
+        save_file({"hidden": states.contiguous()}, path)
+        return path
+
+    def _read(self, row: int) -> Tensor:
+        kept = self._kept[row]
+        return kept if isinstance(kept, Tensor) else load_file(kept)["hidden"].to(self._adapted.device)
+
+    def _length(self, row: int) -> int:
+        return len(self._rows.features["input_ids"][row])
+
+
+_usable: WeakKeyDictionary[nn.Module, dict[int, bool]] = WeakKeyDictionary()
+"""Depths at which a model was tried, and whether its passes may begin there."""
+
+
+def may_start_at(adapted: AdaptedModel, rows: Encoded, depth: int) -> bool:
+    """Whether a pass from block `depth` gives what the whole one does; tried once a process, logged if not."""
+    if not 0 < depth <= len(adapted.blocks):
+        return False
+    known = _usable.setdefault(adapted.model, {})
+    if depth not in known:
+        reason = _difference(adapted, rows, depth)
+        if reason:
+            logger.warning("Passes begin at the bottom of the model (%s), not at block %d.", reason, depth)
+        known[depth] = not reason
+    return known[depth]
+
+
+@torch.no_grad()
+def _difference(adapted: AdaptedModel, rows: Encoded, depth: int) -> str:
+    inputs = rows.batch(range(min(2, len(rows))))
+    whole = adapted.logits({}, inputs)
+    try:
+        short = adapted.logits({}, inputs, entering=adapted.prefix(inputs, depth))
+    except NoPrefixError as error:
+        return str(error)
+    close = torch.allclose(whole, short, rtol=1e-3, atol=1e-3 * float(whole.abs().max()))
+    return "" if close else "what happens above it depends on more than its hidden states"

@@ -1,0 +1,91 @@
+"""The slices of a node's steps: as the run config says, or the largest that fit the memory it may take."""
+
+import dataclasses
+import itertools
+import logging
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from flwr.app import ConfigRecord, RecordDict
+
+from spry_app.autodiff.budget import DoesNotFit, Slices, fit
+from spry_app.autodiff.directions import Seed
+from spry_app.autodiff.memory import MIB, peak_mib
+from spry_app.client.node import Node
+from spry_app.client.step import Step
+from spry_app.config import RunConfig
+from spry_app.errors import SpryError
+from spry_app.methods import Method
+from spry_app.methods.replay import exact_names
+
+logger = logging.getLogger(__name__)
+
+AUTO_PART = 0.5
+"""Part of the free memory that "auto" takes: the rest is for what comes and goes beside a step."""
+
+
+def slices_of(node: Node, method: Method, config: RunConfig, state: RecordDict) -> Slices:
+    """Chosen once a run, since trials take a step each, and kept in `state`, which Flower keeps for the node."""
+    known: Any = state.get("slices")
+    if known is not None:
+        return Slices(**known)
+    chosen = _choose(node, method, config)
+    state["slices"] = ConfigRecord(dict(dataclasses.asdict(chosen)))
+    return chosen
+
+
+def most_at_once(node: Node, config: RunConfig) -> int:
+    """How many directions may come to share a pass."""
+    budgeted = node.memory_mib or config.client.memory_budget_mib
+    return config.client.directions if budgeted else config.client.directions_at_once
+
+
+def _choose(node: Node, method: Method, config: RunConfig) -> Slices:
+    client = config.client
+    budget = node.memory_mib or _mib(client.memory_budget_mib, node.adapted.device)
+    if not budget:
+        return Slices(client.micro_batch or client.batch_size, client.directions_at_once)
+    units, tensors = node.adapted.units, node.adapted.tensors()
+    exact = exact_names(units, method, config.head_gradient)
+    longest = node.train.by_length(range(len(node.train)))[::-1]
+
+    def peak(slices: Slices) -> float:
+        step = Step(node, method.gradient, exact, client.directions, slices)
+        rows = list(itertools.islice(itertools.cycle(longest), slices.micro_batch))
+        return peak_mib(lambda: step.estimate(rows, tensors, Seed(0, 0, 0, 0)), node.adapted.device)
+
+    try:
+        chosen = fit(peak, client.batch_size, client.directions if method.gradient.slopes else 1, budget)
+    except DoesNotFit as error:
+        raise SpryError(
+            f"A step on one example takes {error.least_mib:.1f} MiB beside the model on this node, and its budget is "
+            f"{budget:.1f} MiB. Raise client.memory-budget-mib (or this node's memory-budget-mib), or lower "
+            f"data.max-length (now {config.data.max_length}) or adapter.rank (now {config.adapter.rank})."
+        ) from error
+    logger.info("Within %.1f MiB a step: %s.", budget, chosen)
+    return chosen
+
+
+def _mib(budget: int | str, device: torch.device) -> float:
+    """The run config's budget in MiB; 0 where it sets none."""
+    if budget == "auto":
+        return AUTO_PART * _free_bytes(device) / MIB
+    return float(budget or 0)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + reserved
+    return min(int(psutil.virtual_memory().available), _free_in_container())
+
+
+def _free_in_container() -> int:
+    """What the limit of a container (cgroup v2) leaves; more than any machine has where there is none."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        return int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text())
+    except (OSError, ValueError):  # no such file, or the limit is "max"
+        return 1 << 62

@@ -1,0 +1,61 @@
+"""What every row of the method table must do: learn, give the same bits again, go on when replies fail."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from federation import Federation, same, tiny_run
+from flwr.app import ArrayRecord, Message
+
+from spry_app.methods import METHODS
+
+CLIENTS = 3
+OTHER_IDS = (5009, 5006, 5003)
+"""Far from the usual node ids, and in the opposite order."""
+
+
+@pytest.fixture(scope="module")
+def run_config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return tiny_run(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_federation_learns(method: str, run_config: dict, tmp_path: Path) -> None:
+    rounds = 10
+    keys = {"client.local-steps": 4, "client.directions": 4, "client.directions-at-once": 4, "client.micro-batch": 0}
+    keys |= {"num-server-rounds": rounds, "server.evaluate-every": rounds, "client.learning-rate": 0.1}
+    federation = Federation(tmp_path, run_config | keys | {"method": method})
+    federation.start(CLIENTS)
+    losses = [line.train_loss for line in federation.recorder.rounds[1:]]
+    assert sum(losses[-3:]) < 0.6 * sum(losses[:3])
+    assert federation.recorder.rounds[-1].accuracy > 0.8
+
+
+def failing(partition: int, reply: Message) -> Message | None:
+    """In every round the reply of partition 0 is lost and that of partition 1 holds a number that is not finite."""
+    if partition == 0:
+        return None
+    if partition == 1:
+        tensors = reply.content["arrays"].to_torch_state_dict()
+        reply.content["arrays"] = ArrayRecord({name: torch.full_like(t, math.nan) for name, t in tensors.items()})
+    return reply
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_seed_gives_the_same_bits_though_a_reply_is_missing_and_one_is_broken(
+    method: str, run_config: dict, tmp_path: Path
+) -> None:
+    keys = {"method": method, "adapter.dropout": 0.2, "num-server-rounds": 100, "server.evaluate-every": 100}
+    results = []
+    for run, node_ids in enumerate([(), OTHER_IDS]):
+        federation = Federation(tmp_path / str(run), run_config | keys)
+        before = federation.strategy.snapshot()
+        federation.start(CLIENTS, rounds=2, node_ids=node_ids, tamper=failing)
+        lines = federation.recorder.rounds[1:]
+        assert [(line.asked, line.answered, line.refused) for line in lines] == [(CLIENTS, 1, 1)] * 2
+        results.append(federation.strategy.snapshot())
+        assert all(value.isfinite().all() for value in results[-1].values())
+        assert not same(results[-1], before)
+    assert same(*results)

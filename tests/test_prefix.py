@@ -1,0 +1,218 @@
+"""Hidden states kept during a client's task: the same training, fewer computations, within the bytes allowed."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from federation import make_checkpoint, make_rows
+from torch import Tensor, nn
+
+from spry_app.autodiff.budget import Slices
+from spry_app.client.node import Node, load_node
+from spry_app.client.prefix import PrefixCache, may_start_at
+from spry_app.client.training import train
+from spry_app.config import RunConfig
+from spry_app.methods import get_method
+from spry_app.protocol import Task, TrainReply
+
+ROWS = 24
+WIDTH = 32 * 4
+"""Bytes of a token's hidden state in the tiny checkpoint."""
+TOP = ("encoder.layer.1.attention.self.query", "head")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("prefix")
+    make_rows(folder / "rows.jsonl", ROWS)
+    make_checkpoint(folder / "model")
+    return folder
+
+
+def config(folder: Path, **keys: Any) -> RunConfig:
+    flat = RunConfig.defaults() | {
+        "model.name": str(folder / "model"),
+        "data.source": str(folder / "rows.jsonl"),
+        "data.partition": "iid",
+        "data.holdout": 0.0,
+        "method": "spry",
+        "client.batch-size": 8,
+        "client.local-epochs": 2,
+        "client.directions": 4,
+        "client.directions-at-once": 2,
+    }
+    return RunConfig.from_flower(
+        flat | {key.replace("__", ".").replace("_", "-"): value for key, value in keys.items()}
+    )
+
+
+def node_of(config: RunConfig) -> Node:
+    return load_node(config, {"partition-id": 0, "num-partitions": 1})
+
+
+def run(config: RunConfig, units: tuple[str, ...] = TOP) -> TrainReply:
+    node = node_of(config)
+    task = Task(1, 0, start(node.adapted.tensors()), units, node.adapted.fingerprint)
+    return train(node, task, get_method(config), config, Slices(4, config.client.directions_at_once))
+
+
+def start(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same at every call: a node is loaded once a process, and keeps what was loaded into it."""
+    return {name: 0.2 * torch.sin(torch.arange(value.numel()).view_as(value)) for name, value in tensors.items()}
+
+
+@pytest.fixture
+def rows_through_the_lowest_block(folder: Path) -> Iterator[list[int]]:
+    """Rows of each time it was computed."""
+    node = node_of(config(folder))
+    adapted = node.adapted
+    assert may_start_at(adapted, node.train, 1)  # tries it, once a process
+    lowest = next(part for part in adapted.model.get_submodule(adapted.blocks[0]).modules() if type(part) is nn.Linear)
+    seen: list[int] = []
+    hook = lowest.register_forward_hook(lambda _, inputs, output: seen.append(len(output)))
+    yield seen
+    hook.remove()
+
+
+@pytest.mark.parametrize("gradient", ["forward-mode", "central-difference", "backprop", "checkpointed-backprop"])
+def test_training_is_the_same_and_each_row_passes_the_prefix_once(
+    folder: Path, rows_through_the_lowest_block: list[int], gradient: str
+) -> None:
+    kept = run(config(folder, gradient=gradient))
+    assert sum(rows_through_the_lowest_block) == ROWS
+    rows_through_the_lowest_block.clear()
+    anew = run(config(folder, gradient=gradient, client__prefix_cache_mib=0))
+    assert sum(rows_through_the_lowest_block) >= 2 * ROWS
+    assert kept.loss == pytest.approx(anew.loss, rel=1e-5)
+    for name, value in anew.tensors.items():
+        torch.testing.assert_close(kept.tensors[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_the_head_alone_needs_no_block_twice(folder: Path, rows_through_the_lowest_block: list[int]) -> None:
+    settings = config(folder, client__local_epochs=3)
+    node = node_of(settings)
+    assert node.adapted.depth(node.adapted.units["head"]) == 2
+    assert may_start_at(node.adapted, node.train, 2)
+    rows_through_the_lowest_block.clear()
+    run(settings, ("head",))
+    assert sum(rows_through_the_lowest_block) == ROWS
+
+
+def test_units_of_the_lowest_block_and_dropout_leave_nothing_to_keep(
+    folder: Path, rows_through_the_lowest_block: list[int]
+) -> None:
+    run(config(folder, client__local_epochs=1), ("encoder.layer.0.attention.self.value", "head"))
+    assert sum(rows_through_the_lowest_block) == ROWS * (1 + 2)  # the head's exact gradient, two pairs of directions
+
+
+def test_dropout_in_the_adapter_is_drawn_anew_in_every_step(folder: Path) -> None:
+    settings = config(folder, adapter__dropout=0.5)
+    node = node_of(settings)
+    seen: list[int] = []
+    lowest = node.adapted.model.get_submodule(node.adapted.blocks[0])
+    hook = lowest.register_forward_hook(lambda *_: seen.append(1))
+    run(settings)
+    hook.remove()
+    assert len(seen) == 2 * 3 * 2 * 3  # epochs, batches, micro-batches, passes
+
+
+def cache(folder: Path, memory: int, disk: int = 0) -> tuple[Node, PrefixCache]:
+    node = node_of(config(folder))
+    return node, PrefixCache(node.adapted, node.train, 1, memory, disk)
+
+
+def tokens(node: Node, rows: list[int]) -> int:
+    return sum(len(node.train.features["input_ids"][row]) for row in rows)
+
+
+def assert_same(node: Node, rows: list[int], found: Tensor, expected: Tensor) -> None:
+    """But for what the padding holds, which nobody sees."""
+    assert found.shape == expected.shape
+    for row, got, wanted in zip(rows, found, expected, strict=True):
+        length = tokens(node, [row])
+        torch.testing.assert_close(got[:length], wanted[:length], rtol=1e-4, atol=1e-5)
+
+
+def hidden_states(node: Node, rows: list[int]) -> Tensor:
+    return node.adapted.prefix(node.train.batch(rows), 1).hidden
+
+
+def test_rows_kept_in_other_batches_are_put_together_and_padded_again(folder: Path) -> None:
+    node, kept = cache(folder, 1 << 20)
+    order = node.train.by_length(range(ROWS))
+    short, long = order[:2], order[-2:]
+    assert tokens(node, short) < tokens(node, long)
+    kept.entering([short, long])
+    for rows in ([short[0], long[1]], [short[1], order[5], long[0]]):
+        (found,) = kept.entering([rows])
+        assert found is not None
+        expected = hidden_states(node, rows)
+        assert_same(node, rows, found.hidden, expected)
+
+
+@pytest.mark.parametrize("disk", [0, 1 << 20])
+def test_memory_is_bounded_and_the_rest_goes_to_disk_or_is_computed_again(
+    folder: Path, disk: int, rows_through_the_lowest_block: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    node = node_of(config(folder))
+    rows = list(range(4))
+    batch = hidden_states(node, rows).nbytes
+    node, kept = cache(folder, memory=batch + 2 * 8 * WIDTH, disk=disk)  # beside the batch, two rows or so
+    (first,) = kept.entering([rows])
+    rows_through_the_lowest_block.clear()
+    (second,) = kept.entering([rows])
+    assert first is not None and second is not None
+    assert_same(node, rows, first.hidden, second.hidden)
+    files = list(tmp_path.rglob("*.safetensors"))
+    assert 0 < sum(rows_through_the_lowest_block) < 4 if not disk else not rows_through_the_lowest_block
+    assert bool(files) == bool(disk) and len(files) < 4
+    kept.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_batch_that_does_not_fit_begins_at_the_bottom(folder: Path) -> None:
+    _, kept = cache(folder, memory=3 * 8 * WIDTH)
+    found = kept.entering([[0, 1], [2, 3], [4, 5]])
+    assert found[0] is not None
+    assert found[-1] is None
+
+
+def test_padding_on_the_left_keeps_nothing_but_shares_the_step(
+    folder: Path, rows_through_the_lowest_block: list[int]
+) -> None:
+    node = node_of(config(folder))
+    left = dataclasses.replace(node.train, tokenizer=type(node.train.tokenizer).from_pretrained(folder / "model"))
+    left.tokenizer.padding_side = "left"
+    kept = PrefixCache(node.adapted, left, 1, 1 << 20)
+    for _ in range(2):
+        (found,) = kept.entering([[0, 1, 2]])
+        assert found is not None
+        torch.testing.assert_close(found.hidden, node.adapted.prefix(left.batch([0, 1, 2]), 1).hidden)
+    assert sum(rows_through_the_lowest_block) == 4 * 3
+
+
+def test_a_model_whose_upper_part_sees_more_than_the_hidden_states_starts_at_the_bottom(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    node = node_of(config(folder, seed=5))
+    lower, upper = (node.adapted.model.get_submodule(name) for name in node.adapted.blocks)
+    memory: list[Tensor] = []
+
+    def remember(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        memory[:] = [output]
+
+    fresh = node.adapted.model.register_forward_pre_hook(lambda *_: memory.clear())
+    # As in models whose layers have side connections: the first token is sent past the blocks between.
+    first = lower.attention.register_forward_hook(lambda m, i, output: remember(m, i, output[0]))
+    second = upper.attention.register_forward_hook(
+        lambda m, i, output: (output[0] + (memory.pop() if memory else 0), *output[1:])
+    )
+    assert not may_start_at(node.adapted, node.train, 1)
+    assert "begin at the bottom" in caplog.text
+    first.remove()
+    second.remove()
+    fresh.remove()
