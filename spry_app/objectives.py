@@ -7,6 +7,7 @@ from torch import Tensor
 
 from spry_app.autodiff.directions import Seed, Tensors
 from spry_app.autodiff.slopes import Objective, Part
+from spry_app.autodiff.transfer import onto
 from spry_app.models import AdaptedModel, Entering
 from spry_app.protocol import Score
 from spry_app.tasks import classification
@@ -26,7 +27,7 @@ def objective(
 
     def loss_of(params: Tensors) -> Tensor:
         logits = adapted.logits(params, inputs, dropout=masks, entering=entering)
-        return classification.loss(logits, labels.to(logits.device))
+        return classification.loss(logits, onto(labels, logits.device))
 
     return loss_of
 

@@ -5,10 +5,10 @@ from collections.abc import Callable
 
 from flwr.app import Context, Message, RecordDict
 
-from spry_app.autodiff.gradients import GRADIENTS
-from spry_app.client.node import Node, check_forward_mode, load_node
+from spry_app.client.node import Node, load_node
 from spry_app.client.slicing import most_at_once, slices_of
 from spry_app.client.training import train as train_node
+from spry_app.client.trust import check_gradient
 from spry_app.config import RunConfig
 from spry_app.errors import SpryError
 from spry_app.methods import Method, get_method
@@ -28,8 +28,7 @@ def _answer(work: Work) -> Answer:
             method = get_method(config)
             node = load_node(config, context.node_config)
             _check_base(node.adapted.fingerprint, expected_fingerprint(message), config)
-            if method.gradient is GRADIENTS["forward-mode"]:
-                check_forward_mode(node, most_at_once(node, config))
+            check_gradient(node, method.gradient, most_at_once(node, config))
             return work(node, message, method, config, context.state).to_message(message)
         except SpryError as error:
             return refusal(message, error)

@@ -4,17 +4,11 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
-from torch.nn import Module
-
-from spry_app.autodiff.directions import Seed
-from spry_app.autodiff.self_check import SelfTestError, self_test, shared_pass_test
 from spry_app.config import RunConfig
 from spry_app.data import label_names, load_shard
 from spry_app.errors import SpryError
 from spry_app.models import AdaptedModel, load_model
-from spry_app.objectives import objective
 from spry_app.tasks import classification
 from spry_app.tasks.classification import Encoded
 
@@ -74,23 +68,3 @@ def _load_node(config: RunConfig, path: str, file: str, index: int, count: int, 
     shard = load_shard(config.data, config.seed, index, count, file)
     encode = functools.partial(classification.encode, tokenizer=adapted.tokenizer, max_length=config.data.max_length)
     return Node(adapted, encode(shard.train), encode(shard.heldout), index, memory_mib)
-
-
-_trusted: WeakKeyDictionary[Module, bool] = WeakKeyDictionary()
-"""Models that passed, and whether directions that share a pass were tested too."""
-
-
-def check_forward_mode(node: Node, at_once: int) -> None:
-    """Self-test of the model as loaded, once a process. Raises SpryError: a wrong slope must never be trained on."""
-    model = node.adapted.model
-    shared = at_once > 1
-    if model in _trusted and (_trusted[model] or not shared):
-        return
-    few = objective(node.adapted, node.train, range(min(2, len(node.train))), Seed(run=0, round=0, client=0, step=0))
-    try:
-        self_test(few, node.adapted.tensors(), model)
-        if shared:
-            shared_pass_test(few, node.adapted.tensors(), model)
-    except SelfTestError as error:
-        raise SpryError(f"Self-test of forward mode failed: {error}") from error
-    _trusted[model] = shared

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.func import functional_call
 from transformers import PreTrainedTokenizerBase
 
+from spry_app.autodiff.transfer import onto
 from spry_app.config import AdapterConfig, ModelConfig
 from spry_app.models.adapter import attach
 from spry_app.models.blocks import Entering, depth_of, install, run_until, starting_from
@@ -67,7 +68,7 @@ class AdaptedModel:
         deterministic function to differentiate; None leaves dropout out. `entering`: the pass begins there (`prefix`).
         """
         own = {name: self.model.get_parameter(name) for name in params}
-        placed = {name: tensor.to(own[name].device, own[name].dtype) for name, tensor in params.items()}
+        placed = {name: onto(tensor, own[name].device, own[name].dtype) for name, tensor in params.items()}
         with self._dropout(dropout), starting_from(entering):
             logits: Tensor = functional_call(self.model, placed, kwargs=self._batch(inputs), tie_weights=False).logits
         return logits.float()
@@ -85,7 +86,7 @@ class AdaptedModel:
         return min(depths, default=len(self.blocks))
 
     def _batch(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor.to(self.device) for name, tensor in inputs.items() if name != "labels"}
+        return {name: onto(tensor, self.device) for name, tensor in inputs.items() if name != "labels"}
 
     @contextmanager
     def _dropout(self, seed: int | None) -> Iterator[None]:
