@@ -17,6 +17,7 @@ Scalar = int | float | bool | str
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Limit = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 StepSize = Annotated[float, Field(gt=0)]
 
 
@@ -92,13 +93,19 @@ class ClientConfig(_Section):
     local_epochs: Count = 1
     """Passes over the shard a round, in per-epoch mode."""
     local_steps: int = Field(0, ge=0)
-    """Batches a round, over as many passes as that takes; 0 for local-epochs (per-epoch) or one (per-iteration)."""
+    """Batches a round, over as many passes as that takes; 0 for local-epochs, or for one batch where the method sends
+    slopes or a gradient (which is the mean over these batches, at the tensors of the round)."""
     batch_size: Count = 8
     micro_batch: int = Field(4, ge=0)
     """Examples that pass through the model at once; 0 for the whole batch. Saves memory; changes nothing but rounding
     and dropout masks."""
     directions: Count = 8
     """Random directions averaged per batch (K in the papers)."""
+    candidates: Count = 32
+    """FwdLLM: directions drawn for a batch, of which the `directions` nearest to the last update are used at most."""
+    variance_threshold: float = Field(0.1, ge=0)
+    """FwdLLM: no further direction is used once the variance of the estimated gradient, as a mean over its numbers, is
+    at most this. 0 always uses `directions`."""
     directions_at_once: Count = 4
     """Directions that share a forward pass: n cost 1 + n passes instead of 2 n, and n times the memory of one."""
     memory_budget_mib: Annotated[int, Field(ge=1)] | Literal["", "auto"] = ""
@@ -112,8 +119,8 @@ class ClientConfig(_Section):
 
 
 class ServerConfig(_Section):
-    optimizer: Literal["", "average", "momentum", "adagrad", "adam", "yogi"] = ""
-    """Step on the mean of the replies; empty for the method's own."""
+    optimizer: Literal["", "average", "sgd", "momentum", "adagrad", "adam", "yogi"] = ""
+    """Step on the mean of the replies; empty for the method's own. "average" takes the mean as it is."""
     learning_rate: StepSize = 8e-3
     """Step size; not used by "average"."""
     head_learning_rate: float = Field(3e-2, ge=0)
@@ -139,6 +146,21 @@ class ServerConfig(_Section):
     """Rounds between two evaluations; the last round is always evaluated."""
 
 
+class StopConfig(_Section):
+    """Ends a run after the round in which a limit is reached; 0 sets none. That round is evaluated like the last."""
+
+    max_mib_up: Limit = 0.0
+    """MiB from the clients to the server, as serialised."""
+    max_mib_down: Limit = 0.0
+    """MiB from the server to the clients, as serialised."""
+    max_forwards: Limit = 0.0
+    """What the clients computed, in forward passes of one example through the model."""
+    max_seconds: Limit = 0.0
+    """Since the server process began with the run."""
+    target_accuracy: Fraction = 0.0
+    """Of the global model, in a round that is evaluated (`server.evaluate-every`)."""
+
+
 class RunConfig(_Section):
     """One run. `RunConfig.from_flower` is the way in; `defaults()` is what pyproject.toml repeats."""
 
@@ -149,7 +171,8 @@ class RunConfig(_Section):
     gradient: Literal[
         "", "forward-mode", "central-difference", "one-sided-difference", "backprop", "checkpointed-backprop"
     ] = ""
-    """How a client gets a gradient; empty for the method's own."""
+    """How a client gets a gradient; empty for the method's own. Central differences are taken over a step of 1e-3,
+    one-sided ones over 1e-4, whatever the method's own step."""
     assign: Literal["", "every-unit", "cyclic", "by-depth"] = ""
     """Which client trains which units: all of them, dealt like cards (SPRY), or bands of neighbours with the upper ones
     for the nodes that state the least memory. Empty for the method's own."""
@@ -167,6 +190,7 @@ class RunConfig(_Section):
     data: DataConfig = DataConfig()
     client: ClientConfig = ClientConfig()
     server: ServerConfig = ServerConfig()
+    stop: StopConfig = StopConfig()
 
     def evaluates(self, round_: int) -> bool:
         """Whether a round is evaluated: every `server.evaluate-every` rounds, before the first and after the last."""

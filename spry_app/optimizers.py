@@ -76,6 +76,7 @@ CLIENT_OPTIMIZERS: dict[str, Make] = {
 }
 SERVER_OPTIMIZERS: dict[str, Make] = {
     "average": _average,
+    "sgd": lambda groups, rule: torch.optim.SGD(groups, rule.learning_rate),
     "momentum": lambda groups, rule: torch.optim.SGD(groups, rule.learning_rate, momentum=rule.beta1),
     "adagrad": _adaptive,
     "adam": _adaptive,

@@ -1,11 +1,11 @@
 """Everything that travels between server and clients. No other file builds or reads message content.
 
-downlink  "arrays": current adapter tensors            "config": round, client, units, fingerprint, flags
-uplink    "arrays": the trained tensors, or nothing    "metrics": loss, counts, slopes    or "refusal": a sentence
+downlink  "arrays": adapter tensors  "update": if needed  "config": round, client, units, fingerprint, flags
+uplink    "arrays": values, gradients or nothing       "metrics": loss, counts, slopes    or "refusal": a sentence
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
 import torch
@@ -32,7 +32,8 @@ class Task:
 
     round: from 1. client: position among this round's clients, part of the seed. tensors: every trainable tensor
     (fp32). fingerprint: of the base model the server has. evaluate: also score the held-out rows after training.
-    measure: also measure the peak memory of the first step.
+    measure: also measure the peak memory of the first step. update: how the last round changed the tensors of `units`,
+    where the method chooses directions by it; else empty.
     """
 
     round: int
@@ -42,6 +43,7 @@ class Task:
     fingerprint: str
     evaluate: bool = False
     measure: bool = False
+    update: Tensors = field(default_factory=dict)
 
     def to_message(self, node: int, message_type: str = TRAIN) -> Message:
         config = ConfigRecord(
@@ -55,6 +57,8 @@ class Task:
             }
         )
         content = RecordDict({"arrays": _arrays(self.tensors), "config": config})
+        if self.update:
+            content["update"] = _arrays(self.update)
         return Message(content=content, dst_node_id=node, message_type=message_type, group_id=str(self.round))
 
     @classmethod
@@ -68,6 +72,7 @@ class Task:
             fingerprint=config.get("fingerprint", str),
             evaluate=config.get("evaluate", bool),
             measure=config.get("measure", bool),
+            update=_tensors(message, "update") if "update" in message.content else {},
         )
 
 
@@ -99,9 +104,11 @@ class Score:
 class TrainReply:
     """What a client made of its task.
 
-    tensors: its units' new values (reply "weights"), else empty. slopes: K numbers for each local step (reply
-    "slopes"), else empty. loss: mean over the trained batches. examples: that were trained on. personal: score of the
-    trained model on the client's held-out rows, if asked for. peak_mib: of the first step; 0.0 if not measured.
+    tensors: its units' new values (reply "weights") or gradient (reply "gradient"), or those alone whose gradient is
+    exact. slopes: K numbers for each local step (reply "slopes"), else empty. loss: mean over the trained batches.
+    examples: that were trained on. forwards: what that took, in passes of one example through the model. personal:
+    score of the trained model on the client's held-out rows, if asked for. peak_mib: of the first step; 0.0 if not
+    measured.
     """
 
     tensors: Tensors
@@ -109,6 +116,7 @@ class TrainReply:
     loss: float
     examples: int
     seconds: float
+    forwards: float
     peak_mib: float = 0.0
     personal: Score | None = None
 
@@ -117,6 +125,7 @@ class TrainReply:
             "train-loss": self.loss,
             "num-examples": self.examples,
             "seconds": self.seconds,
+            "forwards": self.forwards,
             "peak-mib": self.peak_mib,
             "steps": len(self.slopes),
             "slopes": [slope for step in self.slopes for slope in step],
@@ -135,6 +144,7 @@ class TrainReply:
             loss=metrics.get("train-loss", float),
             examples=metrics.get("num-examples", int),
             seconds=metrics.get("seconds", float),
+            forwards=metrics.get("forwards", float),
             peak_mib=metrics.get("peak-mib", float),
             personal=Score.from_message(message) if "correct" in metrics else None,
         )
@@ -228,10 +238,10 @@ def _arrays(tensors: Tensors) -> ArrayRecord:
     return ArrayRecord({name: value.contiguous() for name, value in tensors.items()})
 
 
-def _tensors(message: Message) -> Tensors:
-    record = message.content.get("arrays")
+def _tensors(message: Message, name: str = "arrays") -> Tensors:
+    record = message.content.get(name)
     if not isinstance(record, ArrayRecord):
-        raise MalformedReply("the arrays are missing")
+        raise MalformedReply(f"the {name} are missing")
     return from_arrays(record)
 
 

@@ -21,6 +21,7 @@ from spry_app.methods import get_method
 from spry_app.models import AdaptedModel, load_model
 from spry_app.protocol import to_arrays
 from spry_app.server.record import Recorder
+from spry_app.server.stopping import end_round
 from spry_app.server.strategy import SpryStrategy
 
 Tamper = Callable[[int, Message], Message | None]
@@ -157,6 +158,6 @@ class Federation:
             local,  # type: ignore[arg-type]
             to_arrays(self.strategy.snapshot()),
             num_rounds=rounds or self.config.num_server_rounds,
-            evaluate_fn=lambda round_, arrays: self.recorder.end(None),
+            evaluate_fn=lambda round_, arrays: end_round(self.config, self.recorder, arrays, None),
         )
         return local

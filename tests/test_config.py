@@ -1,5 +1,6 @@
 """Bad configuration is refused in plain words, before anything is loaded."""
 
+import math
 import tomllib
 from pathlib import Path
 
@@ -26,6 +27,9 @@ PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
         ({"model.quantization": "nf5"}, "'none', 'nf4', 'fp4' or 'int8'"),
         ({"data.holdout": 1.0}, "less than 1"),
         ({"assign": "cyclical"}, "'', 'every-unit', 'cyclic' or 'by-depth'"),
+        ({"stop.max-forwards": -1.0}, "greater than or equal to 0"),
+        ({"stop.max-seconds": math.inf}, "finite number"),
+        ({"stop.target-accuracy": 80.0}, "less than or equal to 1"),
         ({"client.micro-batch": -1}, "greater than or equal to 0"),
     ],
 )

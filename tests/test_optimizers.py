@@ -8,6 +8,7 @@ from spry_app.optimizers import CLIENT_OPTIMIZERS, SERVER_OPTIMIZERS, NamedOptim
 HAND_DERIVED = {
     # One step from x=1, pseudo-gradient g=0.5, lr=0.1, beta1=0.9, beta2=0.99, tau=0.1: m=0.05, v0=tau^2=0.01, g^2=0.25.
     "average": 1 - 0.5,
+    "sgd": 1 - 0.1 * 0.5,
     "momentum": 1 - 0.1 * 0.5,
     "adagrad": 1 - 0.1 * 0.05 / ((0.01 + 0.25) ** 0.5 + 0.1),
     "adam": 1 - 0.1 * 0.05 / ((0.99 * 0.01 + 0.01 * 0.25) ** 0.5 + 0.1),

@@ -23,7 +23,7 @@ from spry_app.protocol import (
 )
 
 TENSORS = {"a.weight": torch.tensor([[1.5, -2.0]]), "b": torch.tensor(math.pi), "empty": torch.zeros(0, 3)}
-TASK = Task(3, 1, TENSORS, ("u", "head"), "f" * 64, evaluate=True, measure=False)
+TASK = Task(3, 1, TENSORS, ("u", "head"), "f" * 64, evaluate=True, measure=False, update={"b": torch.ones(2)})
 
 
 def wire(message: Message) -> Message:
@@ -37,6 +37,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def test_a_task_arrives_as_it_was_sent() -> None:
     arrived = Task.from_message(wire(TASK.to_message(5)))
     assert same(arrived.tensors, TENSORS)
+    assert same(arrived.update, TASK.update)
     assert (arrived.round, arrived.client, arrived.units, arrived.fingerprint, arrived.evaluate, arrived.measure) == (
         (3, 1, ("u", "head"), "f" * 64, True, False)
     )
@@ -45,11 +46,12 @@ def test_a_task_arrives_as_it_was_sent() -> None:
 @pytest.mark.parametrize("personal", [None, Score(1.5, 3, 4)])
 @pytest.mark.parametrize("slopes", [(), ((0.1, -1e-30), (1e30, 2.0))])
 def test_a_reply_arrives_as_it_was_sent(personal: Score | None, slopes: tuple) -> None:
-    reply = TrainReply(TENSORS, slopes, 0.25, 16, 1.0, 12.5, personal)
+    reply = TrainReply(TENSORS, slopes, 0.25, 16, 1.0, 37.5, 12.5, personal)
     arrived = TrainReply.from_message(wire(reply.to_message(TASK.to_message(5))))
     assert same(arrived.tensors, TENSORS)
     assert arrived.slopes == slopes
     assert (arrived.loss, arrived.examples, arrived.peak_mib, arrived.personal) == (0.25, 16, 12.5, personal)
+    assert (arrived.seconds, arrived.forwards) == (1.0, 37.5)
 
 
 def test_the_largest_seed_and_partition_survive() -> None:
@@ -80,7 +82,9 @@ records = st.one_of(
     st.just(MetricRecord({})),
     st.just(ArrayRecord({})),
     st.dictionaries(
-        st.sampled_from(["train-loss", "num-examples", "seconds", "peak-mib", "steps", "slopes", "correct", "heldout"]),
+        st.sampled_from(
+            ["train-loss", "num-examples", "seconds", "forwards", "peak-mib", "steps", "slopes", "correct", "heldout"]
+        ),
         st.one_of(st.integers(-(2**40), 2**40), st.floats(), st.lists(st.floats(), max_size=5)),
     ).map(MetricRecord),
 )

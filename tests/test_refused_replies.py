@@ -42,6 +42,8 @@ def breaking(how: str) -> Any:
             tensors[first] = tensors[first].half()
         elif how == "nan loss":
             reply.content["metrics"]["train-loss"] = math.nan
+        elif how.startswith("forwards "):
+            reply.content["metrics"]["forwards"] = float(how.removeprefix("forwards "))
         elif how == "impossible score":
             reply.content["metrics"].update({"loss": 1.0, "correct": 4, "heldout": 3})
         elif how == "empty score":
@@ -68,6 +70,10 @@ def breaking(how: str) -> Any:
         ("extra", "not asked for: ['not.yours']"),
         ("half", "float16"),
         ("nan loss", "loss is nan"),
+        ("forwards nan", "cannot have taken nan forward passes"),
+        ("forwards 0", "cannot have taken 0.0 forward passes"),
+        ("forwards -1", "cannot have taken -1.0 forward passes"),
+        ("forwards 1e9", "cannot have taken 1000000000.0 forward passes"),
         ("impossible score", "an impossible score: 4 of 3"),
         ("empty score", "measurements are impossible"),
         ("no metrics", "slopes in the metrics is"),

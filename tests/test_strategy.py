@@ -141,7 +141,7 @@ def test_the_mean_is_per_tensor_over_its_trainers_weighted_by_examples(run_confi
         task = Task(round=1, client=client, tensors=tensors, units=units, fingerprint="")
         moved = {name: value - (client + 1) for name, value in strategy.asked(task).items()}
         shuffled = dict(reversed(moved.items()))
-        accepted.append((task, TrainReply(shuffled, (), 1.0, examples, 0.0)))
+        accepted.append((task, TrainReply(shuffled, (), 1.0, examples, 0.0, 1.0)))
     mean = strategy.pseudo_gradient(accepted)
     assert set(mean) == set(strategy.units["head"]) | set(strategy.units[unit])
     for name in strategy.units["head"]:

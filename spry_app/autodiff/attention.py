@@ -1,116 +1,155 @@
-"""Attention and its tangent in blocks of query rows, on pairs of tensors. Nothing here intercepts anything."""
+"""Attention and its tangents, block by block, along one direction or several. Nothing here intercepts anything."""
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from spry_app.autodiff.duals import Pair, wide
+from spry_app.autodiff.duals import wide
+from spry_app.autodiff.fans import Fan, directions
+from spry_app.autodiff.visibility import Cut, Sight, Visibility
+from spry_app.autodiff.workspace import DEFAULT_BYTES, workspace_bytes
 
-SCORE_BYTES = 2 << 20
-"""Scores kept at once: this many bytes, or as many as the query takes where that is more. So memory grows linearly
-with the sequence, and long batches are not cut into slivers."""
+CAUSAL_ROWS = 64
+"""Blocks of fewer rows gain nothing from leaving out the keys that their rows do not see."""
+
+Part = tuple[Tensor, Iterable[Tensor | None]]
+"""A block of a fan as (heads of all its examples, rows, width), and the same of each direction."""
+
+
+class _Sizes(NamedTuple):
+    """Examples, key heads (each with the query heads that share it) and query rows of a block."""
+
+    examples: int
+    heads: int
+    rows: int
 
 
 def attention(
-    query: Pair, key: Pair, value: Pair, mask: Tensor | None, dropout: float, causal: bool, scale: float | None
-) -> Pair:
-    """Output and tangent (..., H, L, E) of query (..., H, L, D), key (..., G, S, D) and value (..., G, S, E).
+    query: Fan, key: Fan, value: Fan, mask: Tensor | None, dropout: float, causal: bool, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """Output (..., H, L, E) and its tangents, of query (..., H, L, D), key (..., G, S, D) and value (..., G, S, E).
 
     H is a multiple of G: query heads share key heads, which are never repeated. `mask` (..., L, S) is boolean (True is
     seen) or is added to the scores. Equal to PyTorch's MATH kernel but for rounding; half formats compute in fp32.
+    The scores and one tangent of them exist for one block at a time: within workspace_bytes(), or for one row of one
+    key head where that is more. While that limit is the default one, a GPU gets blocks as large as the query: it would
+    starve on small ones, while a CPU is fastest with what fits into its cache.
     """
-    q = query[0]
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    group = q.shape[-3] // key[0].shape[-3] if q.dim() > 2 else 1
-    key, value = _each(wide, key), _each(wide, value)
-    rows, keys = q.shape[-2], key[0].shape[-2]
-    # The tangent is made from a tangent: with several directions at once (vmap) it is larger than the output.
-    like = next(t for t in (query[1], key[1], value[1]) if t is not None)
-    out, tangent = (x.new_empty((*q.shape[:-1], value[0].shape[-1])).to(q.dtype) for x in (q, like))
-    step = _rows_at_once(q, keys, key[0].element_size())
-    if step < rows:  # else every block would copy them again
-        key, value = _each(Tensor.contiguous, key), _each(Tensor.contiguous, value)
-    for start in range(0, rows, step):
-        block = slice(start, min(start + step, rows))
-        seen = slice(min(keys, block.stop) if causal else keys)
-        visible = _causal(block, seen, q.device) if causal else _mask_rows(mask, block)
-        scaled = _each(lambda x: _fold(wide(x) * scale, group), _rows(query, block))
-        scores = _each(lambda x: _unfold(x, group), _scores(scaled, _rows(key, seen)))
-        weights = _each(lambda x: _fold(x, group), _softmax(scores, visible, dropout))
-        mixed, mixed_t = _each(lambda x: _unfold(x, group), _mix(weights, _rows(value, seen)))
-        assert mixed_t is not None
-        out[..., block, :] = mixed
-        tangent[..., block, :] = mixed_t
-    return out, tangent
+    shape = (*query[0].shape[:-1], value[0].shape[-1])
+    scale = 1 / math.sqrt(query[0].shape[-1]) if scale is None else scale
+    query, key, value = (_with_four_axes(fan, shape[:-3]) for fan in (query, key, value))
+    examples, heads, rows, _ = query[0].shape
+    # Heads lie beside one another, as the layer that follows reads them: it need not copy.
+    lying = (examples, rows, heads, shape[-1])
+    out = query[0].new_empty(lying).transpose(1, 2)
+    tangent = query[0].new_empty((directions(query[1], key[1], value[1]), *lying)).transpose(2, 3)
+    visibility, group = Visibility(mask, causal, shape[:-3], key[0]), heads // key[0].shape[1]
+    for at, sight in _blocks(query[0], key[0], visibility):
+        of_keys = (at[0], slice(at[1].start // group, at[1].stop // group), sight.keys)
+        parts = _part(query, at, group), _part(key, of_keys, 1), _part(value, of_keys, 1)
+        results = _mixed(*parts, out[at].shape[:-1], sight.term, dropout, scale)
+        for whole, mixed in zip((out, *tangent), results, strict=True):
+            block = whole[at]
+            block.copy_(mixed.view(block.shape))
+            if sight.blind is not None:
+                block.masked_fill_(sight.blind, 0.0)
+    return out.reshape(shape), tangent.reshape(-1, *shape)
 
 
-def _scores(query: Pair, key: Pair) -> Pair:
-    """q k' and its tangent qt k' + q kt' = [qt q] [k kt]': one product, no second tensor of the scores' size."""
-    (q, qt), (k, kt) = query, key
-    if qt is not None and kt is not None:
-        return q @ k.mT, torch.cat((qt, q), -1) @ torch.cat((k, kt), -1).mT
-    if qt is not None:
-        return q @ k.mT, qt @ k.mT
-    return q @ k.mT, None if kt is None else q @ kt.mT
+def _mixed(
+    query: Part, key: Part, value: Part, shape: torch.Size, term: Tensor | None, dropout: float, scale: float
+) -> Iterator[Tensor]:
+    """p v with p = softmax(scale q k' + term); then dp v + p dv for each direction.
+
+    shape: (examples, query heads, rows), to which `term` belongs.
+
+    dp = p (ds - sum p ds), so dp v = (p ds) v - (sum p ds) (p v): the sum is taken off where tensors are small.
+    """
+    (q, qts), (k, kts), (v, vts) = query, key, value
+    scores = _product(q, k.mT, scale)
+    if term is not None:
+        scores.view(*shape, -1).add_(term)
+    weights = scores.softmax(-1)
+    del scores
+    keep = torch.empty_like(weights).bernoulli_(1 - dropout).div_(1 - dropout) if dropout > 0 else None
+    kept = weights if keep is None else weights * keep
+    mixed = torch.bmm(kept, v)
+    yield mixed
+    for qt, kt, vt in zip(qts, kts, vts, strict=False):
+        moved = None if qt is None else _product(qt, k.mT, scale)
+        if kt is not None:
+            moved = _product(q, kt.mT, scale) if moved is None else moved.baddbmm_(q, kt.mT, alpha=scale)
+        out = None if vt is None else torch.bmm(kept, vt)
+        if moved is not None:
+            total = moved.mul_(weights).sum(-1, keepdim=True)
+            moved = moved if keep is None else moved.mul_(keep)
+            out = torch.bmm(moved, v) if out is None else out.baddbmm_(moved, v)
+            out.addcmul_(mixed, total, value=-1)
+        assert out is not None
+        yield out
 
 
-def _softmax(scores: Pair, mask: Tensor | None, dropout: float) -> Pair:
-    """p = softmax(s), dp = p (ds - sum(p ds)), in place; a row that sees nothing is zero, as in PyTorch."""
-    score, tangent = scores
-    blind = None
-    if mask is not None:
-        hidden = ~mask if mask.dtype == torch.bool else mask == -math.inf
-        blind = hidden.all(-1, keepdim=True)
-        score = score.masked_fill_(hidden, -math.inf) if mask.dtype == torch.bool else score.add_(mask)
-    weight = score.softmax(-1)
-    if blind is not None:
-        weight.masked_fill_(blind, 0.0)
-    if tangent is not None:
-        tangent.mul_(weight)
-        tangent = torch.addcmul(tangent, weight, tangent.sum(-1, keepdim=True), value=-1)  # vmap lacks addcmul_
-    if dropout > 0:
-        keep = torch.empty_like(weight).bernoulli_(1 - dropout).div_(1 - dropout)
-        return _each(keep.mul, (weight, tangent))
-    return weight, tangent
+def _product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """scale a b, without a copy of either."""
+    return torch.baddbmm(left.new_zeros(()), left, right, beta=0, alpha=scale)
 
 
-def _mix(weights: Pair, value: Pair) -> Pair:
-    """o = p v, do = dp v + p dv."""
-    (p, pt), (v, vt) = weights, value
-    tangent = None if pt is None else pt @ v
-    if vt is not None:
-        tangent = p @ vt if tangent is None else tangent.add_(p @ vt)
-    return p @ v, tangent
+def _blocks(query: Tensor, key: Tensor, visibility: Visibility) -> Iterator[tuple[Cut, Sight]]:
+    examples, heads, rows, _ = query.shape
+    group = heads // key.shape[1]
+    step = _at_once(query, key, visibility.causal)
+    for of_examples, of_rows in itertools.product(_slices(examples, step.examples), _slices(rows, step.rows)):
+        sight = None
+        for of_heads in _slices(heads, step.heads * group):
+            at = (of_examples, of_heads, of_rows)
+            if sight is None or visibility.by_head:
+                sight = visibility.cut(at)
+            yield at, sight
 
 
-def _rows_at_once(query: Tensor, keys: int, element_size: int) -> int:
-    rows, width = query.shape[-2:]
-    a_row = query.numel() // max(1, rows * width) * keys * element_size
-    return max(1, max(SCORE_BYTES, query.numel() * element_size) // max(1, a_row))
+def _at_once(query: Tensor, key: Tensor, causal: bool) -> _Sizes:
+    """As many examples as the limit allows, or key heads of one, or rows of one head."""
+    heads, rows = query.shape[1:3]
+    key_heads, keys = key.shape[1:3]
+    limit = workspace_bytes() // (2 * wide(query[:0]).element_size())  # scores, and a tangent of them
+    if query.is_cuda and workspace_bytes() == DEFAULT_BYTES:
+        limit = max(limit, query.numel())
+    if causal:
+        rows = min(rows, max(CAUSAL_ROWS, math.ceil(rows / 4)))
+    a_row = heads // key_heads * keys
+    if limit < rows * a_row:
+        return _Sizes(1, 1, max(1, limit // a_row))
+    if limit < key_heads * rows * a_row:
+        return _Sizes(1, limit // (rows * a_row), rows)
+    return _Sizes(limit // (key_heads * rows * a_row), key_heads, rows)
 
 
-def _mask_rows(mask: Tensor | None, block: slice) -> Tensor | None:
-    return mask if mask is None or mask.dim() < 2 or mask.shape[-2] == 1 else mask[..., block, :]
+def _slices(size: int, step: int) -> Iterator[slice]:
+    return (slice(start, min(start + step, size)) for start in range(0, size, step))
 
 
-def _causal(block: slice, seen: slice, device: torch.device) -> Tensor:
-    return torch.ones(block.stop - block.start, seen.stop, dtype=torch.bool, device=device).tril_(block.start)
+def _with_four_axes(fan: Fan, lead: tuple[int, ...]) -> Fan:
+    """(..., heads, rows, width) -> (examples, heads, rows, width), likewise every tangent."""
+
+    def four(x: Tensor, first: tuple[int, ...]) -> Tensor:
+        heads = x.shape[-3] if x.dim() > len(first) + 2 else 1
+        x = x.expand(*first, *lead, *x.shape[-3:]) if lead else x
+        return x.reshape(*first, math.prod(lead), heads, *x.shape[-2:])
+
+    x, xt = fan
+    return four(x, ()), None if xt is None else four(xt, (len(xt),))
 
 
-def _each(function: Callable[[Tensor], Tensor], pair: Pair) -> Pair:
-    return function(pair[0]), None if pair[1] is None else function(pair[1])
+def _part(fan: Fan, at: Cut, group: int) -> Part:
+    """Rows of the heads that share a key head become rows of that head."""
 
+    def fold(x: Tensor) -> Tensor:
+        block = wide(x[at])
+        return block.reshape(-1, group * block.shape[2], block.shape[3])
 
-def _rows(pair: Pair, rows: slice) -> Pair:
-    return _each(lambda x: x[..., rows, :], pair)
-
-
-def _fold(tensor: Tensor, group: int) -> Tensor:
-    """Rows of the heads that share a key head become rows of one head: (..., H, L, S) -> (..., G, H/G L, S)."""
-    return tensor if group == 1 else torch.unflatten(tensor, -3, (-1, group)).flatten(-3, -2)
-
-
-def _unfold(tensor: Tensor, group: int) -> Tensor:
-    return tensor if group == 1 else torch.unflatten(tensor, -2, (group, -1)).flatten(-4, -3)
+    x, xt = fan
+    return fold(x), itertools.repeat(None) if xt is None else map(fold, xt)

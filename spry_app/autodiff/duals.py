@@ -6,8 +6,8 @@ import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
-Pair = tuple[Tensor, Tensor | None]
-"""A value and its tangent; None stands for zero."""
+Pair = tuple[Any, Tensor | None]
+"""A value and its tangent. None stands for zero; what is no tensor has none."""
 
 
 def dual(primal: Tensor, tangent: Tensor | None) -> Tensor:
@@ -18,12 +18,12 @@ def dual(primal: Tensor, tangent: Tensor | None) -> Tensor:
     return made
 
 
-def split(value: Any) -> tuple[Any, Tensor | None]:
-    """Value and tangent of anything; what is no tensor, or outside of a level, has no tangent."""
+def split(value: Any) -> Pair:
+    """Value and tangent of anything; outside of a level nothing has a tangent."""
     if not isinstance(value, Tensor):
         return value, None
-    pair: Pair = fwAD.unpack_dual(value)  # type: ignore[no-untyped-call]
-    return pair[0], pair[1]
+    primal, tangent = fwAD.unpack_dual(value)  # type: ignore[no-untyped-call]
+    return primal, tangent
 
 
 def wide(tensor: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from collections.abc import Collection
 
 import torch
 
+from spry_app.autodiff.costs import Cost
 from spry_app.autodiff.directions import Seed, Tensors
 from spry_app.autodiff.gradients import GRADIENTS, Estimate, Gradient
 from spry_app.autodiff.slopes import Batch, Part
@@ -35,7 +36,9 @@ def estimate_with_exact(
         if free
     ]
     merged = {name: value for part in parts for name, value in part.gradient.items()}
-    return Estimate(parts[-1].loss, {name: merged[name] for name in params}, parts[-1].slopes)
+    # The way back through what lies between the exact tensors and the loss is too short to count.
+    cost = Cost(sum(part.cost.passes for part in parts), parts[-1].cost.sweeps if rest else 0.0)
+    return Estimate(parts[-1].loss, {name: merged[name] for name in params}, parts[-1].slopes, cost)
 
 
 def _holding(batch: Batch, fixed: Tensors) -> Batch:

@@ -1,7 +1,8 @@
 """Forward-mode rules that are cheaper or more exact than PyTorch's own, for every architecture at once: functions are
 intercepted, modules are never touched. Nothing here chooses directions or measures slopes.
 
-A rule gets dual numbers (a primal value and its tangent) and returns one. It runs without an autograd graph.
+Only what was measured to pay has a rule; where there is none, PyTorch's own forward derivative is used. A rule runs
+without an autograd graph.
 """
 
 from collections.abc import Callable
@@ -13,11 +14,16 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from spry_app.autodiff import norms, products
 from spry_app.autodiff.attention import attention
-from spry_app.autodiff.duals import dual, split, wide
+from spry_app.autodiff.duals import Pair, dual, split, wide
+from spry_app.autodiff.fans import along
 
-Rule = Callable[..., Tensor]
+Rule = Callable[..., Any]
+"""The arguments of a function, each with its tangent -> dual number, or NotImplemented for PyTorch's own rule."""
+
 RULES: dict[Callable[..., Any], Rule] = {}
+NONE: Pair = (None, None)
 
 
 class ForwardRules(TorchFunctionMode):
@@ -28,117 +34,131 @@ class ForwardRules(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         rule = RULES.get(func)
-        if rule is None or not any(split(value)[1] is not None for value in (*args, *kwargs.values())):
+        if rule is None:
             return func(*args, **kwargs)
-        return rule(*args, **kwargs)
+        pairs, named = [split(value) for value in args], {name: split(value) for name, value in kwargs.items()}
+        if all(tangent is None for _, tangent in (*pairs, *named.values())):
+            return func(*args, **kwargs)
+        out = rule(*pairs, **named)
+        return func(*args, **kwargs) if out is NotImplemented else out
 
 
-def _rule(function: Callable[..., Any]) -> Callable[[Rule], Rule]:
+def _rule(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
     def register(rule: Rule) -> Rule:
-        RULES[function] = rule
+        RULES.update(dict.fromkeys(functions, rule))
         return rule
 
     return register
 
 
-def _sum(into: Tensor | None, term: Tensor) -> Tensor:
-    """Accumulate in place; `into` must be a fresh tensor of this file, never an input."""
-    return term if into is None else into.add_(term)
+def _operator(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
+    """For f(a, b) and nothing more: calls with options (alpha, out, rounding_mode) are left to PyTorch."""
+
+    def register(rule: Rule) -> Rule:
+        def of_two(*operands: Pair, **options: Pair) -> Any:
+            return rule(*operands) if len(operands) == 2 and not options else NotImplemented
+
+        return _rule(*functions)(of_two)
+
+    return register
 
 
 @_rule(F.linear)
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Two products where the weight is frozen (PyTorch's own rule takes three), three where it is trained."""
-    (x, xt), (w, wt), (b, bt) = split(input), split(weight), split(bias)
-    out = F.linear(x, w, b)
-    tangent = None if xt is None else F.linear(xt, w)
-    if wt is not None:
-        tangent = _sum(tangent, F.linear(x, wt))
-    if bt is not None:
-        tangent = bt.expand_as(out) if tangent is None else tangent.add_(bt)
-    return dual(out, tangent)
+def _linear(input: Pair, weight: Pair, bias: Pair = NONE) -> Any:
+    return along(products.linear, input, weight, bias) if weight[0].dim() == 2 else NotImplemented
+
+
+@_rule(torch.addmm)
+def _addmm(input: Pair, mat1: Pair, mat2: Pair, **options: Pair) -> Any:
+    """GPT-2's linear layers: bias + x w."""
+    if options or input[0].dim() != 1:
+        return NotImplemented
+    return along(lambda bias, x, w: products.linear(x, products.transposed(w), bias), input, mat1, mat2)
+
+
+@_operator(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm)
+def _matmul(left: Pair, right: Pair) -> Any:
+    return along(products.matmul, left, right)
+
+
+@_operator(torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__)
+def _multiply(left: Pair, right: Pair) -> Any:
+    return along(products.multiply, left, right)
+
+
+@_operator(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
+def _add(left: Pair, right: Pair) -> Any:
+    return _sum(left, right, 1)
+
+
+@_operator(torch.sub, Tensor.sub, Tensor.__sub__)
+def _subtract(left: Pair, right: Pair) -> Any:
+    return _sum(left, right, -1)
+
+
+def _sum(left: Pair, right: Pair, sign: int) -> Any:
+    """PyTorch's own rule is as good where both move; where one does, it first makes zeros for the other."""
+    if left[1] is not None and right[1] is not None:
+        return NotImplemented
+    return along(lambda a, b: products.add(a, b, sign), left, right)
+
+
+@_operator(torch.div, Tensor.div, Tensor.__truediv__)
+def _divide(left: Pair, right: Pair) -> Any:
+    return NotImplemented if right[1] is not None else along(products.divide, left, right)
+
+
+@_operator(torch.pow, Tensor.pow, Tensor.__pow__)
+def _power(input: Pair, exponent: Pair) -> Any:
+    """The square of RMS norms that are written in Python."""
+    if type(exponent[0]) not in (int, float) or exponent[0] != 2:
+        return NotImplemented
+    return along(products.square, input)
+
+
+@_rule(torch.softmax, Tensor.softmax)
+def _softmax(input: Pair, dim: Pair, dtype: Pair = NONE) -> Any:
+    return along(lambda x: norms.softmax(x, dim[0], dtype[0]), input)
 
 
 @_rule(F.layer_norm)
 def _layer_norm(
-    input: Tensor,
-    normalized_shape: list[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor:
-    """y = n w + b with n = (x - mean x) / std x; dn = (dx - mean dx - n mean(n dx)) / std x."""
-    x, xt = split(input)
-    normal, _, inverse_std = torch.native_layer_norm(wide(x), normalized_shape, None, None, eps)
-    tangent = None
-    if xt is not None:
-        dims = tuple(range(-len(normalized_shape), 0))
-        tangent = wide(xt) - wide(xt).mean(dims, keepdim=True)
-        projection = (normal * tangent).mean(dims, keepdim=True)
-        tangent = torch.addcmul(tangent, normal, projection, value=-1).mul_(inverse_std)  # vmap lacks addcmul_
-    return _scale_and_shift(normal, tangent, weight, bias, x.dtype)
+    input: Pair, normalized_shape: Pair, weight: Pair = NONE, bias: Pair = NONE, eps: Pair = (1e-5, None)
+) -> Any:
+    return along(lambda x, w, b: norms.layer_norm(x, w, b, normalized_shape[0], eps[0]), input, weight, bias)
 
 
 @_rule(F.rms_norm)
-def _rms_norm(
-    input: Tensor, normalized_shape: list[int], weight: Tensor | None = None, eps: float | None = None
-) -> Tensor:
-    """y = n w with n = x / rms x; dn = (dx - n mean(n dx)) / rms x."""
-    x, xt = split(input)
-    wide_x = wide(x)
-    dims = tuple(range(-len(normalized_shape), 0))
-    square = wide_x.square().mean(dims, keepdim=True)
-    inverse_rms = square.add_(torch.finfo(wide_x.dtype).eps if eps is None else eps).rsqrt_()
-    normal = wide_x * inverse_rms
-    tangent = None
-    if xt is not None:
-        projection = (normal * wide(xt)).mean(dims, keepdim=True)
-        tangent = torch.addcmul(wide(xt), normal, projection, value=-1).mul_(inverse_rms)
-    return _scale_and_shift(normal, tangent, weight, None, x.dtype)
-
-
-def _scale_and_shift(
-    normal: Tensor, tangent: Tensor | None, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    (w, wt), (b, bt) = split(weight), split(bias)
-    if tangent is not None and w is not None:
-        tangent.mul_(w)
-    if wt is not None:
-        tangent = _sum(tangent, normal * wt)
-    if w is not None:
-        normal.mul_(w)
-    if bt is not None:
-        tangent = bt.expand_as(normal) if tangent is None else tangent.add_(bt)
-    if b is not None:
-        normal.add_(b)
-    assert tangent is not None
-    return dual(normal.to(dtype), tangent.to(dtype))
+def _rms_norm(input: Pair, normalized_shape: Pair, weight: Pair = NONE, eps: Pair = NONE) -> Any:
+    return along(lambda x, w: norms.rms_norm(x, w, normalized_shape[0], eps[0]), input, weight)
 
 
 @_rule(F.cross_entropy)
-def _cross_entropy(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _cross_entropy(input: Pair, *args: Pair, **kwargs: Pair) -> Any:
     """PyTorch's own rule, in fp32: a loss in a half format has no digits left for its slope."""
-    return F.cross_entropy(wide(input), *args, **kwargs)
+    others: list[Any] = [dual(*pair) for pair in args]
+    named: dict[str, Any] = {name: dual(*pair) for name, pair in kwargs.items()}
+    return F.cross_entropy(wide(dual(*input)), *others, **named)
 
 
 @_rule(F.scaled_dot_product_attention)
 def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """PyTorch has a forward rule for its MATH kernel alone, which keeps all scores; ours works in blocks of rows."""
-    if is_causal and attn_mask is not None:
+    query: Pair,
+    key: Pair,
+    value: Pair,
+    attn_mask: Pair = NONE,
+    dropout_p: Pair = (0.0, None),
+    is_causal: Pair = (False, None),
+    scale: Pair = NONE,
+    enable_gqa: Pair = (False, None),
+) -> Any:
+    """PyTorch has a forward rule for its MATH kernel alone, which keeps all scores; ours works in blocks."""
+    if is_causal[0] and attn_mask[0] is not None:
         raise RuntimeError("scaled_dot_product_attention got both attn_mask and is_causal=True; give one of them")
-    mask, mask_tangent = split(attn_mask)
-    if mask_tangent is not None:
+    if attn_mask[1] is not None:  # a position bias that is trained: rare
         with sdpa_kernel(SDPBackend.MATH):
-            return F.scaled_dot_product_attention(
-                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-            )
-    return dual(*attention(split(query), split(key), split(value), mask, dropout_p, is_causal, scale))
+            q, k, v, mask = (dual(*pair) for pair in (query, key, value, attn_mask))
+            options = {"dropout_p": dropout_p[0], "scale": scale[0], "enable_gqa": enable_gqa[0]}
+            return F.scaled_dot_product_attention(q, k, v, mask, **options)
+    how = dropout_p[0], is_causal[0], scale[0]
+    return along(lambda q, k, v, mask: attention(q, k, v, mask[0], *how), query, key, value, attn_mask)

@@ -34,6 +34,7 @@ class PrefixCache:
         self._batch = 0
         """Bytes of the hidden states of the batch at hand."""
         self._kept: dict[int, Tensor | Path] = {}
+        self._computed = 0
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def entering(self, slices: Sequence[Sequence[int]]) -> list[Entering | None]:
@@ -45,6 +46,11 @@ class PrefixCache:
                 self._batch += hidden.nbytes
             found.append(None if hidden is None or self._batch > self._memory else Entering(self._depth, hidden))
         return found
+
+    @property
+    def forwards(self) -> float:
+        """What has been computed so far, in forward passes of one example through all blocks."""
+        return self._computed * self._depth / len(self._adapted.blocks)
 
     def close(self) -> None:
         """Forget everything."""
@@ -60,6 +66,7 @@ class PrefixCache:
         # With padding on the left, positions may depend on the other rows of the batch, so nothing is kept.
         left = self._rows.tokenizer.padding_side == "left"
         computed = self._adapted.prefix(self._rows.batch(rows if left else new), self._depth).hidden
+        self._computed += len(computed)
         if left:
             return computed
         fresh = {row: states[: self._length(row)] for row, states in zip(new, computed, strict=True)}

@@ -10,6 +10,7 @@ from spry_app.autodiff.gradients import Estimate, Gradient
 from spry_app.autodiff.workspace import workspace
 from spry_app.client.node import Node
 from spry_app.client.prefix import PrefixCache
+from spry_app.models import Entering
 from spry_app.objectives import batch_of
 
 
@@ -18,7 +19,8 @@ class Step:
     """What is the same for all steps of a task.
 
     exact: tensors whose gradient is exact although the others have slopes. directions: K in the papers. prefix: the
-    hidden states below the lowest unit; None where every pass begins at the bottom.
+    hidden states below the lowest unit; None where every pass begins at the bottom. suffix: part of the blocks above
+    the lowest tensor, on which the cost depends.
     """
 
     node: Node
@@ -27,12 +29,27 @@ class Step:
     directions: int
     slices: Slices
     prefix: PrefixCache | None = None
+    suffix: float = 1.0
 
-    def estimate(self, rows: Sequence[int], tensors: Tensors, seed: Seed) -> Estimate:
-        """The gradient of the mean loss of these rows at `tensors`."""
-        entering = self.prefix.entering if self.prefix else None
+    def estimate(self, rows: Sequence[int], tensors: Tensors, seed: Seed) -> tuple[Estimate, float]:
+        """The gradient of the mean loss of these rows at `tensors`, and its cost in passes of one example.
+
+        Hidden states of the prefix cost where they are computed (prefix.py), not here.
+        """
+        skipped = 0.0
+
+        def entering(slices: Sequence[Sequence[int]]) -> list[Entering | None]:
+            nonlocal skipped
+            if self.prefix is None:
+                return [None] * len(slices)
+            starts = self.prefix.entering(slices)
+            skipped = sum(len(part) * start.depth for part, start in zip(slices, starts, strict=True) if start)
+            return starts
+
         with workspace(self.slices.workspace_bytes):
             batch = batch_of(self.node.adapted, self.node.train, rows, self.slices.micro_batch, seed, entering)
-            return estimate_with_exact(
+            estimate = estimate_with_exact(
                 self.gradient, batch, tensors, self.exact, seed, self.directions, self.slices.directions_at_once
             )
+        kept = skipped / (len(rows) * len(self.node.adapted.blocks)) if skipped else 0.0
+        return estimate, estimate.cost.forwards(self.suffix, kept) * len(rows)

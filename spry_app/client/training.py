@@ -7,17 +7,19 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from spry_app.autodiff.budget import Slices
+from spry_app.autodiff.costs import suffix_above
 from spry_app.autodiff.directions import Seed, Tensors
 from spry_app.autodiff.memory import MIB, with_peak
+from spry_app.client.local import LocalTraining
 from spry_app.client.node import Node
 from spry_app.client.prefix import PrefixCache, may_start_at
 from spry_app.client.step import Step
 from spry_app.config import RunConfig
 from spry_app.data import batches
 from spry_app.methods import Method
-from spry_app.methods.replay import client_rule, exact_names, local_steps
+from spry_app.methods.replay import exact_names, local_steps
+from spry_app.models.units import depths
 from spry_app.objectives import score
-from spry_app.optimizers import CLIENT_OPTIMIZERS, NamedOptimizer
 from spry_app.protocol import Score, Task, TrainReply
 
 
@@ -27,30 +29,28 @@ def train(node: Node, task: Task, method: Method, config: RunConfig, slices: Sli
     node.adapted.load_tensors(task.tensors)
     own = {name: task.tensors[name] for unit in task.units for name in node.adapted.units[unit]}
     exact = exact_names(node.adapted.units, method, config.head_gradient) & own.keys()
-    optimizer = NamedOptimizer(own, CLIENT_OPTIMIZERS, client_rule(config.client))
-    slopes: list[tuple[float, ...]] = []
-    losses, examples, peak = 0.0, 0, 0.0
+    local, peak = LocalTraining(own, method, config.client), 0.0
     with _prefix(node, own, config) as prefix:
-        step = Step(node, method.gradient, exact, config.client.directions, slices, prefix)
+        suffix = _suffix(node, task)
+        gradient = method.pick.gradient(method.gradient, task.update, config.client)
+        step = Step(node, gradient, exact, config.client.directions, slices, prefix, suffix)
         for number, rows in enumerate(_local_batches(len(node.train), task, method, config)):
             seed = Seed(run=config.seed, round=task.round, client=task.client, step=number)
             if task.measure and number == 0:
-                run = functools.partial(step.estimate, rows, optimizer.tensors, seed)
-                estimate, peak = with_peak(run, node.adapted.device)
+                run = functools.partial(step.estimate, rows, local.tensors, seed)
+                (estimate, forwards), peak = with_peak(run, node.adapted.device)
             else:
-                estimate = step.estimate(rows, optimizer.tensors, seed)
-            optimizer.step(estimate.gradient)
-            slopes.append(estimate.slopes)
-            losses, examples = losses + estimate.loss * len(rows), examples + len(rows)
-    trained = {name: value.clone() for name, value in optimizer.tensors.items()}
+                estimate, forwards = step.estimate(rows, local.tensors, seed)
+            local.take(estimate, len(rows), forwards)
     return TrainReply(
-        tensors=trained if method.reply == "weights" else {name: trained[name] for name in sorted(exact)},
-        slopes=tuple(slopes) if method.reply == "slopes" and own.keys() - exact else (),
-        loss=losses / examples,
-        examples=examples,
+        tensors=local.outgoing(exact),
+        slopes=local.slopes(exact),
+        loss=local.loss / local.examples,
+        examples=local.examples,
         seconds=time.monotonic() - started,
+        forwards=local.forwards + (prefix.forwards if prefix else 0.0),
         peak_mib=peak,
-        personal=_personal(node, task, trained, config) if task.evaluate else None,
+        personal=_personal(node, task, local.tensors, config) if task.evaluate else None,
     )
 
 
@@ -67,6 +67,12 @@ def _prefix(node: Node, own: Iterable[str], config: RunConfig) -> Iterator[Prefi
         yield cache
     finally:
         cache.close()
+
+
+def _suffix(node: Node, task: Task) -> float:
+    """Part of the blocks from the lowest of the task's units upwards."""
+    depth, blocks = depths(node.adapted.units)
+    return suffix_above(min((depth[unit] for unit in task.units), default=blocks), blocks)
 
 
 def _local_batches(rows: int, task: Task, method: Method, config: RunConfig) -> Iterator[list[int]]:

@@ -79,6 +79,8 @@ def summary(result: Row, base: Path) -> Table:
         "memory", f"{_mib(result['peak-mib'])} a client step; {_mib(result['peak-mib-backprop'])} with backprop"
     )
     table.add_row("time", f"{clock(result['seconds'])} for {result['rounds']} rounds")
+    if result.get("stopped"):
+        table.add_row("ended", result["stopped"])
     for name in ("adapter", "metrics", "picture"):
         if result.get(name):
             path = Path(result[name])

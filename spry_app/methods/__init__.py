@@ -5,13 +5,15 @@ import difflib
 from importlib import import_module
 from typing import Any
 
-from spry_app.autodiff.gradients import GRADIENTS
+from spry_app.autodiff.gradients import GRADIENTS, central
 from spry_app.config import RunConfig
 from spry_app.errors import SpryError
 from spry_app.methods.assignment import ASSIGNMENTS, Deal, cyclic_split
 from spry_app.methods.method import Method
+from spry_app.methods.pick import NEAREST
 
 _FORWARD, _BACKPROP = GRADIENTS["forward-mode"], GRADIENTS["backprop"]
+_CENTRAL, _ONE_SIDED = GRADIENTS["central-difference"], GRADIENTS["one-sided-difference"]
 _SPRY, _FEDAVG, _FEDYOGI = "SPRY, arXiv:2405.15551", "FedAvg, arXiv:1602.05629", "FedYogi, arXiv:2003.00295"
 
 METHODS: dict[str, Method] = {
@@ -29,6 +31,15 @@ METHODS: dict[str, Method] = {
         server_optimizer="yogi",
         paper=f"{_FEDYOGI}, with the split of {_SPRY}",
     ),
+    "fedsgd": Method(
+        gradient=_BACKPROP, reply="gradient", server_optimizer="sgd", paper="FedSGD, arXiv:1602.05629, section 2"
+    ),
+    "fedmezo": Method(gradient=_CENTRAL, paper="FedMeZO, arXiv:2402.05926, after MeZO, arXiv:2305.17333"),
+    # Our reading: each client draws directions of its own; the paper lets all clients share them.
+    "baffle": Method(gradient=_ONE_SIDED, reply="slopes", paper="BAFFLE, arXiv:2301.12195"),
+    "fwdllm": Method(gradient=central(1e-2), pick=NEAREST, paper="FwdLLM, arXiv:2308.13894"),
+    # Our reading: normal directions and the h that goes with them, where the paper draws unit vectors.
+    "fedzo": Method(gradient=_ONE_SIDED, paper="FedZO, arXiv:2201.09531"),
 }
 
 
@@ -44,7 +55,8 @@ def get_method(config: RunConfig) -> Method:
     try:
         return dataclasses.replace(_find(config.method), **changes)
     except ValueError as error:
-        raise SpryError(f"method={config.method!r} with gradient={config.gradient!r}: {error}") from None
+        keys = f"gradient={config.gradient!r} and server.optimizer={config.server.optimizer!r}"
+        raise SpryError(f"method={config.method!r} with {keys}: {error}") from None
 
 
 def _find(name: str) -> Method:

