@@ -12,6 +12,7 @@ from benchmarks.measure import facts, memory, times
 from benchmarks.models import DTYPES, SHAPES, TASKS
 from benchmarks.targets import Slicing, Verdict, verdicts
 from benchmarks.variants import BACKPROP, INFERENCE, UNITS, Settings, prepare, variants
+from spry_app.autodiff.memory import settle_allocator
 
 COLUMNS = ("", "ms", "/ backprop", "/ inference", "activations MiB", "total MiB", "resident MiB")
 
@@ -22,6 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = settings_of(options)
     if options.threads:
         torch.set_num_threads(options.threads)
+    if options.settle_allocator:
+        settle_allocator()
     question = _question(settings)
     if not options.json:
         print(question, flush=True)

@@ -13,12 +13,26 @@ from benchmarks.models import LABELS, SHAPES, build
 from spry_app.autodiff.directions import Seed, Tensors, direction
 from spry_app.autodiff.gradients import GRADIENTS
 from spry_app.autodiff.slopes import Batch, Objective, Part
-from spry_app.models import AdaptedModel
+from spry_app.models import AdaptedModel, Entering
 from spry_app.models.units import HEAD, Units
 
 CLIENTS = 10
 """Among so many a cyclic split deals the units; the one who gets the lowest is measured."""
 SEED = Seed(run=0, round=0, client=0, step=0)
+
+
+Loss = Callable[[AdaptedModel, Tensors, dict[str, Tensor], Tensor, Entering | None], Tensor]
+"""(model, trained tensors, inputs, labels, where the pass begins) -> mean loss."""
+
+LOSSES: dict[str, Loss] = {
+    "classification": lambda adapted, params, inputs, labels, entering: F.cross_entropy(
+        adapted.logits(params, inputs, entering=entering), labels
+    ),
+    # In chunks of tokens for every variant alike.
+    "causal": lambda adapted, params, inputs, labels, entering: adapted.next_token_loss(
+        params, inputs, inputs["input_ids"], entering=entering
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -56,6 +70,7 @@ class Work:
     params: Tensors
     tokens: Tensor
     labels: Tensor
+    loss: Loss
     weights_mib: float
     random: bool
 
@@ -72,8 +87,7 @@ class Work:
 
         def loss_of(params: Tensors) -> Tensor:
             with _eager_attention(adapted, variant.eager):
-                logits = adapted.logits(params, inputs, entering=entering)
-            return F.cross_entropy(logits, labels)
+                return self.loss(adapted, params, inputs, labels, entering)
 
         return loss_of
 
@@ -86,9 +100,10 @@ def prepare(settings: Settings) -> Work:
     words = SHAPES[settings.model].get("vocab_size", 30522)
     tokens = torch.randint(3, words, shape, generator=draw).to(device)
     labels = torch.randint(0, LABELS, shape[:1], generator=draw).to(device)
+    loss = LOSSES[settings.task]
     own = {name: built.adapted.model.get_parameter(name) for name in UNITS[settings.units](built.adapted.units)}
     params = {name: 0.02 * torch.randn(tensor.shape, generator=draw) for name, tensor in own.items()}
-    return Work(built.adapted, params, tokens, labels, built.weights_mib, built.random)
+    return Work(built.adapted, params, tokens, labels, loss, built.weights_mib, built.random)
 
 
 def _names(units: Units, which: slice) -> list[str]:

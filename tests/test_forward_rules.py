@@ -8,47 +8,213 @@ import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
+from derivatives import EXACT, alone, assert_like_pytorch, noise, shared, subsets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import MODELS, tiny_batch, tiny_model, trainables
 from torch import Tensor
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from spry_app.autodiff.duals import dual, split
+from spry_app.autodiff.duals import dual
 from spry_app.autodiff.forward_rules import RULES, ForwardRules
-from spry_app.autodiff.workspace import workspace
+from spry_app.autodiff.memory import peak_mib
 
-EXACT = {"rtol": 1e-11, "atol": 1e-12}
+SHAPES: dict[str, list[tuple[tuple[int, ...], ...]]] = {
+    "elementwise": [((2, 3, 4), (2, 3, 4)), ((2, 3, 4), (4,)), ((3, 1), (2, 3, 4)), ((), (2, 3)), ((2, 3), ())],
+    "products": [
+        ((3, 4), (4, 5)),
+        ((2, 3, 4), (4, 5)),
+        ((2, 3, 4), (2, 4, 5)),
+        ((2, 1, 3, 4), (3, 4, 5)),
+        ((4,), (4, 5)),
+        ((3, 4), (4,)),
+    ],
+    "batches": [((2, 3, 4), (2, 4, 5))],
+    "bias, rows, weight": [((5,), (3, 4), (4, 5)), ((3, 5), (3, 4), (4, 5))],
+    "rows, weight, bias": [((4,), (5, 4), (5,)), ((3, 4), (5, 4), (5,)), ((2, 3, 4), (5, 4), (5,))],
+    "rows, weight": [((2, 3, 4), (5, 4)), ((3, 4), (4,))],
+    "square": [((2, 3),)],
+}
+CASES: dict[Callable[..., Any], tuple[str, ...]] = {
+    F.linear: ("rows, weight, bias", "rows, weight"),
+    torch.addmm: ("bias, rows, weight",),
+    torch.matmul: ("products",),
+    Tensor.matmul: ("products",),
+    torch.bmm: ("batches",),
+    Tensor.bmm: ("batches",),
+} | dict.fromkeys(
+    (torch.mul, Tensor.mul, torch.add, Tensor.add, torch.sub, Tensor.sub, torch.div, Tensor.div), ("elementwise",)
+)
+DRAWN = [
+    pytest.param(function, shapes, id=f"{function.__name__}-{'-'.join(map(str, shapes))}")
+    for function, kinds in CASES.items()
+    for kind in kinds
+    for shapes in SHAPES[kind]
+]
+OTHERS = {torch.pow, Tensor.pow, Tensor.__pow__, torch.softmax, Tensor.softmax, F.layer_norm, F.rms_norm} | {
+    F.cross_entropy,
+    F.scaled_dot_product_attention,
+}
+"""Tested below and in test_attention."""
 
 
-def _noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+def test_every_rule_is_tested() -> None:
+    assert set(RULES) == set(CASES) | OTHERS
 
 
-def _evaluate(
-    function: Callable[..., Tensor], tensors: dict[str, Tensor], moving: set[str], rules: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Value and tangent of function(**tensors), where those in `moving` have one; without rules, by the MATH kernel."""
-    with torch.no_grad(), fwAD.dual_level(), ForwardRules() if rules else sdpa_kernel(SDPBackend.MATH):
-        args = {
-            name: dual(value, _noise(*value.shape, seed=50 + at).to(value.dtype) if name in moving else None)
-            for at, (name, value) in enumerate(tensors.items())
-        }
-        return split(function(**args))
-
-
-def _assert_like_pytorch(
-    function: Callable[..., Tensor], tensors: dict[str, Tensor], moving: set[str], **tolerance: float
+@pytest.mark.parametrize(("function", "shapes"), DRAWN)
+def test_products_and_sums_equal_pytorch_whatever_moves(
+    function: Callable[..., Tensor], shapes: tuple[tuple[int, ...], ...]
 ) -> None:
-    ours, theirs = (_evaluate(function, tensors, moving, rules) for rules in (True, False))
-    torch.testing.assert_close(ours, theirs, **(tolerance or EXACT))
+    tensors = {name: noise(*shape, seed=at) + 2 for at, (name, shape) in enumerate(zip("abc", shapes, strict=False))}
+    for moving in subsets(" ".join(tensors)):
+        assert_like_pytorch(lambda **named: function(*named.values()), tensors, moving)
 
 
-def _subsets(names: str) -> list[set[str]]:
-    letters = names.split()
-    return [{name for at, name in enumerate(letters) if bits >> at & 1} for bits in range(1, 2 ** len(letters))]
+@pytest.mark.parametrize("of", [lambda x: 2 * x, lambda x: x - 1, lambda x: 1 + x, lambda x: x / 3], ids=str)
+def test_numbers_are_no_operands_with_tangents(of: Callable[[Tensor], Tensor]) -> None:
+    assert_like_pytorch(of, {"x": noise(2, 3)}, ["x"])
+
+
+@pytest.mark.parametrize("exponent", [2, 2.0, 3, 0.5, torch.tensor(2.0)], ids=str)
+def test_powers_equal_pytorch(exponent: Any) -> None:
+    for power in (torch.pow, Tensor.pow, Tensor.__pow__):
+        assert_like_pytorch(lambda x, power=power: power(x, exponent), {"x": noise(2, 3).abs()}, ["x"])
+    assert_like_pytorch(lambda x: torch.pow(2, x), {"x": noise(2, 3)}, ["x"])
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float64)], ids=str)
+@pytest.mark.parametrize("shapes", [((2, 3), (2, 3)), ((), (2, 3)), ((2, 3), ())], ids=str)
+def test_operands_of_two_formats_have_the_format_of_pytorchs_result(dtypes: Any, shapes: Any) -> None:
+    tensors = {
+        n: noise(*s, seed=at, dtype=d) + 2 for at, (n, s, d) in enumerate(zip("ab", shapes, dtypes, strict=True))
+    }
+    for function in (torch.mul, torch.add, torch.sub, torch.div):
+        for moving in subsets("a b"):
+            value, tangent = alone(lambda a, b, function=function: function(a, b), tensors, moving, rules=True)
+            assert value.dtype == function(*tensors.values()).dtype == tangent.dtype  # type: ignore[union-attr]
+            tolerance = {"rtol": 0.05, "atol": 0.05} if value.dtype == torch.bfloat16 else {"rtol": 0.02, "atol": 0.02}
+            assert_like_pytorch(lambda a, b, function=function: function(a, b), tensors, moving, **tolerance)
+
+
+@pytest.mark.parametrize(
+    ("call", "options"), [(torch.add, {"alpha": 3}), (torch.sub, {"alpha": 3}), (torch.div, {"rounding_mode": None})]
+)
+def test_calls_with_options_are_pytorchs_own(call: Callable[..., Tensor], options: dict[str, Any]) -> None:
+    assert_like_pytorch(lambda a, b: call(a, b, **options), {"a": noise(2, 3), "b": noise(2, 3, seed=1)}, ["a"])
+
+
+def test_what_a_sum_returns_may_be_changed_in_place() -> None:
+    """PyTorch changes its tangent in place too, which must not be that of the operand."""
+
+    def function(x: Tensor) -> Tensor:
+        y = x + 1
+        y *= 3
+        return x + y
+
+    assert_like_pytorch(function, {"x": noise(2, 3)}, ["x"])
+
+
+@pytest.mark.parametrize("dim", [-1, 0, 1])
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_softmax_equals_pytorch(dim: int, dtype: torch.dtype | None) -> None:
+    tolerance = EXACT if dtype is None else {"rtol": 1e-5, "atol": 1e-7}
+    for softmax in (torch.softmax, Tensor.softmax, F.softmax):
+        assert_like_pytorch(
+            lambda x, f=softmax: f(x, dim=dim, dtype=dtype), {"x": 3 * noise(2, 3, 4)}, ["x"], **tolerance
+        )
+
+
+@pytest.mark.parametrize("moving", subsets("input weight bias"), ids="+".join)
+@pytest.mark.parametrize("dims", [1, 2])
+def test_layer_norm_equals_pytorch(moving: tuple[str, ...], dims: int) -> None:
+    shape = (3, 4)[-dims:]
+    tensors = {"input": 3 + noise(2, 3, 4), "weight": noise(*shape, seed=1), "bias": noise(*shape, seed=2)}
+
+    def norm(input: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        return F.layer_norm(input, shape, weight, bias, eps=0.01)
+
+    assert_like_pytorch(norm, tensors, moving)
+    if moving == ("input",):
+        assert_like_pytorch(norm, {"input": tensors["input"]}, moving)
+
+
+@pytest.mark.parametrize("moving", subsets("input weight"), ids="+".join)
+@pytest.mark.parametrize("eps", [None, 0.01])
+def test_rms_norm_equals_pytorch(moving: tuple[str, ...], eps: float | None) -> None:
+    tensors = {"input": 3 + noise(2, 3, 4), "weight": noise(4, seed=1)}
+    assert_like_pytorch(lambda input, weight: F.rms_norm(input, (4,), weight, eps), tensors, moving)
+    if moving == ("input",):
+        assert_like_pytorch(lambda input: F.rms_norm(input, (4,), eps=eps), {"input": tensors["input"]}, moving)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.integers(0, 3), st.sampled_from([0.0, 40.0]))
+def test_norms_and_softmax_of_any_shape_equal_pytorch(shape: list[int], seed: int, shift: float) -> None:
+    """Also where the mean is far from zero."""
+    tensors = {"x": noise(*shape, seed=seed) + shift, "weight": noise(shape[-1], seed=seed + 1)}
+    last = (shape[-1],)
+    for function in (
+        lambda x, weight: F.layer_norm(x, last, weight, weight, 1e-5),
+        lambda x, weight: F.rms_norm(x, last, weight, 1e-5),
+        lambda x, weight: torch.softmax(x, -1) * weight,
+    ):
+        assert_like_pytorch(function, tensors, ["x", "weight"], rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"reduction": "sum"}, {"label_smoothing": 0.1}, {"ignore_index": 1}], ids=lambda o: str(o)
+)
+def test_cross_entropy_equals_pytorch(options: dict[str, Any]) -> None:
+    labels = torch.tensor([0, 2, 1, 1])
+    assert_like_pytorch(lambda input: F.cross_entropy(input, labels, **options), {"input": noise(4, 3)}, ["input"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
+def test_norms_of_half_formats_keep_their_format_and_compute_in_fp32(norm: str, dtype: torch.dtype) -> None:
+    """The derivative of the same rounded inputs in fp32, rounded once: half a unit in the last place."""
+    tensors = {"input": noise(4, 64, dtype=dtype), "weight": noise(64, seed=1, dtype=dtype)}
+
+    def function(input: Tensor, weight: Tensor) -> Tensor:
+        return F.layer_norm(input, (64,), weight) if norm == "layer_norm" else F.rms_norm(input, (64,), weight, 1e-5)
+
+    value, tangent = alone(function, tensors, ["input", "weight"], rules=True)
+    exact = {name: tensor.float() for name, tensor in tensors.items()}
+    with torch.no_grad(), fwAD.dual_level():
+        moved = {n: dual(t, noise(*t.shape, seed=50 + i).to(dtype).float()) for i, (n, t) in enumerate(exact.items())}
+        wanted, wanted_tangent = fwAD.unpack_dual(function(**moved))
+    assert value.dtype == dtype and tangent is not None and tangent.dtype == dtype
+    one_rounding = {"rtol": torch.finfo(dtype).eps, "atol": 1e-6}
+    torch.testing.assert_close(value.float(), wanted, **one_rounding)
+    torch.testing.assert_close(tangent.float(), wanted_tangent, **one_rounding)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_loss_of_half_logits_is_fp32(dtype: torch.dtype) -> None:
+    logits, labels = noise(4, 3, dtype=dtype), torch.tensor([0, 2, 1, 1])
+    value, tangent = alone(lambda input: F.cross_entropy(input, labels), {"input": logits}, ["input"], rules=True)
+    assert value.dtype == torch.float32 and tangent is not None and tangent.dtype == torch.float32
+    torch.testing.assert_close(value, F.cross_entropy(logits.float(), labels))
+
+
+def test_without_a_tangent_every_function_is_pytorchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*args: object, **kwargs: object) -> Tensor:
+        raise AssertionError("a rule ran without a tangent")
+
+    for function in list(RULES):
+        monkeypatch.setitem(RULES, function, never)
+    x = noise(2, 3, 4, dtype=torch.float32)
+    with fwAD.dual_level(), ForwardRules():
+        F.linear(torch.ones(2, 3, dtype=torch.int64), torch.ones(4, 3, dtype=torch.int64))
+        F.layer_norm(x, (4,))
+        F.rms_norm(x, (4,))
+        F.cross_entropy(x[0], torch.tensor([0, 1, 2]))
+        F.scaled_dot_product_attention(x, x, x, attn_mask=torch.ones(3, 3, dtype=torch.bool))
+        torch.softmax(x * 2 + x / 3 - x**2, -1)
+    with fwAD.dual_level(), ForwardRules(), pytest.raises(AssertionError):
+        F.layer_norm(dual(x, x), (4,))
 
 
 @contextmanager
@@ -67,176 +233,23 @@ def _products() -> Iterator[list[str]]:
         yield seen
 
 
-@pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 3, 4)], ids=str)
-@pytest.mark.parametrize("moving", _subsets("input weight bias"), ids=lambda names: "+".join(sorted(names)))
-def test_linear_equals_pytorch(shape: tuple[int, ...], moving: set[str]) -> None:
-    tensors = {"input": _noise(*shape), "weight": _noise(5, 4, seed=1), "bias": _noise(5, seed=2)}
-    _assert_like_pytorch(F.linear, tensors, moving)
-    if "bias" not in moving:
-        _assert_like_pytorch(F.linear, {name: tensors[name] for name in ("input", "weight")}, moving)
-
-
-@pytest.mark.parametrize("moving", _subsets("input weight bias"), ids=lambda names: "+".join(sorted(names)))
-@pytest.mark.parametrize("dims", [1, 2])
-def test_layer_norm_equals_pytorch(moving: set[str], dims: int) -> None:
-    shape = (3, 4)[-dims:]
-    tensors = {"input": 3 + _noise(2, 3, 4), "weight": _noise(*shape, seed=1), "bias": _noise(*shape, seed=2)}
-
-    def norm(input: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        return F.layer_norm(input, shape, weight, bias, eps=0.01)
-
-    _assert_like_pytorch(norm, tensors, moving)
-    if moving == {"input"}:
-        _assert_like_pytorch(norm, {"input": tensors["input"]}, moving)
-
-
-@pytest.mark.parametrize("moving", _subsets("input weight"), ids=lambda names: "+".join(sorted(names)))
-@pytest.mark.parametrize("eps", [None, 0.01])
-def test_rms_norm_equals_pytorch(moving: set[str], eps: float | None) -> None:
-    tensors = {"input": 3 + _noise(2, 3, 4), "weight": _noise(4, seed=1)}
-    _assert_like_pytorch(lambda input, weight: F.rms_norm(input, (4,), weight, eps), tensors, moving)
-    if moving == {"input"}:
-        _assert_like_pytorch(lambda input: F.rms_norm(input, (4,), eps=eps), {"input": tensors["input"]}, moving)
+@pytest.mark.parametrize(("moving", "products"), [({"input"}, 2), ({"weight"}, 2), ({"input", "weight"}, 3)], ids=str)
+def test_a_linear_costs_one_product_and_one_for_each_tangent(moving: set[str], products: int) -> None:
+    tensors = {"input": noise(2, 3, 4), "weight": noise(5, 4)}
+    with _products() as seen:
+        alone(F.linear, tensors, moving, rules=True)
+    assert len(seen) == products
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"reduction": "sum"}, {"label_smoothing": 0.1}, {"ignore_index": 1}], ids=lambda o: str(o)
+    "function",
+    [F.linear, lambda x, w: torch.addmm(w[0], x.flatten(0, 1), w), lambda x, w: x @ w],
+    ids=["linear", "addmm", "matmul"],
 )
-def test_cross_entropy_equals_pytorch(options: dict[str, Any]) -> None:
-    labels = torch.tensor([0, 2, 1, 1])
-    _assert_like_pytorch(lambda input: F.cross_entropy(input, labels, **options), {"input": _noise(4, 3)}, {"input"})
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
-def test_norms_of_half_formats_keep_their_format_and_compute_in_fp32(norm: str, dtype: torch.dtype) -> None:
-    tensors = {"input": _noise(4, 64, dtype=dtype), "weight": _noise(64, seed=1, dtype=dtype)}
-
-    def function(input: Tensor, weight: Tensor) -> Tensor:
-        return F.layer_norm(input, (64,), weight) if norm == "layer_norm" else F.rms_norm(input, (64,), weight, 1e-5)
-
-    value, tangent = _evaluate(function, tensors, {"input", "weight"}, rules=True)
-    # The derivative of the same rounded inputs in fp32, rounded once: half a unit in the last place.
-    exact = {name: tensor.float() for name, tensor in tensors.items()}
-    with torch.no_grad(), fwAD.dual_level():
-        moved = {n: dual(t, _noise(*t.shape, seed=50 + i).to(dtype).float()) for i, (n, t) in enumerate(exact.items())}
-        wanted, wanted_tangent = split(function(**moved))
-    assert value.dtype == dtype and tangent is not None and tangent.dtype == dtype and wanted_tangent is not None
-    one_rounding = {"rtol": torch.finfo(dtype).eps, "atol": 1e-6}
-    torch.testing.assert_close(value.float(), wanted, **one_rounding)
-    torch.testing.assert_close(tangent.float(), wanted_tangent, **one_rounding)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_the_loss_of_half_logits_is_fp32(dtype: torch.dtype) -> None:
-    logits, labels = _noise(4, 3, dtype=dtype), torch.tensor([0, 2, 1, 1])
-    value, tangent = _evaluate(lambda input: F.cross_entropy(input, labels), {"input": logits}, {"input"}, rules=True)
-    assert value.dtype == torch.float32 and tangent is not None and tangent.dtype == torch.float32
-    torch.testing.assert_close(value, F.cross_entropy(logits.float(), labels))
-
-
-@settings(max_examples=120, deadline=None)
-@given(st.data())
-def test_attention_equals_the_math_kernel(data: st.DataObject) -> None:
-    """Any shape, mask, sharing of key heads, set of moving tensors, and size of the blocks."""
-    batch, heads, group = (data.draw(st.integers(1, 3), name) for name in ("batch", "key heads", "sharing"))
-    rows, keys, width = (data.draw(st.integers(1, 7), name) for name in ("rows", "keys", "width"))
-    kind = data.draw(st.sampled_from(["none", "bool", "padding", "additive", "causal"]))
-    moving = data.draw(st.sampled_from(_subsets("query key value")))
-    scale = data.draw(st.sampled_from([None, 0.3]))
-    block_bytes = data.draw(st.sampled_from([1, 200, 2**20]))
-    mask = {
-        "bool": _noise(1, 1, rows, keys, seed=4) > 0.3,
-        "padding": (torch.arange(keys) < 1 + torch.arange(batch)[:, None])[:, None, None, :],
-        "additive": _noise(batch, heads * group, rows, keys, seed=5).masked_fill(_noise(rows, keys) > 1, -torch.inf),
-    }.get(kind)
-    tensors = {
-        "query": _noise(batch, heads * group, rows, width),
-        "key": _noise(batch, heads, keys, width, seed=1),
-        "value": _noise(batch, heads, keys, width + 1, seed=2),
-    }
-    options = {"attn_mask": mask, "is_causal": kind == "causal", "scale": scale, "enable_gqa": group > 1}
-    with workspace(block_bytes):
-        _assert_like_pytorch(lambda **qkv: F.scaled_dot_product_attention(**qkv, **options), tensors, moving)
-
-
-def test_a_row_that_sees_no_key_is_zero_and_spoils_nothing() -> None:
-    mask = torch.tensor([[True, True], [False, False]])
-    tensors = {name: _noise(1, 1, 2, 3, seed=at) for at, name in enumerate(("query", "key", "value"))}
-    value, tangent = _evaluate(
-        lambda **qkv: F.scaled_dot_product_attention(**qkv, attn_mask=mask), tensors, set(tensors), rules=True
-    )
-    assert tangent is not None
-    assert value[0, 0, 1].eq(0).all() and tangent[0, 0, 1].eq(0).all()
-    assert value[0, 0, 0].ne(0).all() and tangent.isfinite().all()
-
-
-def test_attention_dropout_drops_value_and_tangent_alike() -> None:
-    """With one-hot values the output is the weights themselves: what is kept is scaled by 1 / (1 - p), in both."""
-    query, key = _noise(1, 1, 40, 3), _noise(1, 1, 50, 3, seed=1)
-    tensors = {"query": query, "key": key, "value": torch.eye(50, dtype=torch.float64)[None, None]}
-    moving = {"query", "key"}
-    plain, plain_t = _evaluate(F.scaled_dot_product_attention, tensors, moving, rules=True)
-    dropped, dropped_t = _evaluate(
-        lambda **qkv: F.scaled_dot_product_attention(**qkv, dropout_p=0.25), tensors, moving, rules=True
-    )
-    assert plain_t is not None and dropped_t is not None
-    kept = dropped != 0
-    assert abs(kept.double().mean().item() - 0.75) < 5 * (0.25 * 0.75 / kept.numel()) ** 0.5
-    torch.testing.assert_close(dropped, torch.where(kept, plain / 0.75, 0.0), **EXACT)
-    torch.testing.assert_close(dropped_t, torch.where(kept, plain_t / 0.75, 0.0), **EXACT)
-
-
-def test_attention_of_a_half_format_computes_in_fp32() -> None:
-    tensors = {
-        name: _noise(1, 2, 9, 8, seed=i, dtype=torch.bfloat16) for i, name in enumerate(("query", "key", "value"))
-    }
-    ours = _evaluate(F.scaled_dot_product_attention, tensors, set(tensors), rules=True)
-    theirs = _evaluate(F.scaled_dot_product_attention, tensors, set(tensors), rules=False)
-    assert ours[0].dtype == torch.bfloat16
-    torch.testing.assert_close(ours, theirs, rtol=2 * torch.finfo(torch.bfloat16).eps, atol=1e-2)
-
-
-def test_a_mask_that_moves_is_not_forgotten() -> None:
-    tensors = {name: _noise(1, 2, 3, 4, seed=at) for at, name in enumerate(("query", "key", "value"))}
-    tensors["attn_mask"] = _noise(1, 2, 3, 3, seed=7)
-    _assert_like_pytorch(F.scaled_dot_product_attention, tensors, {"attn_mask"})
-    _assert_like_pytorch(F.scaled_dot_product_attention, tensors, {"query", "attn_mask"})
-
-
-def test_a_mask_together_with_causal_is_refused_as_pytorch_does() -> None:
-    tensors = {name: _noise(1, 1, 2, 2) for name in ("query", "key", "value")}
-    with pytest.raises(RuntimeError, match="is_causal"):
-        _evaluate(
-            lambda **qkv: F.scaled_dot_product_attention(**qkv, attn_mask=torch.ones(2, 2).bool(), is_causal=True),
-            tensors,
-            {"query"},
-            rules=True,
-        )
-
-
-def test_without_a_tangent_every_function_is_pytorchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    def never(*args: object, **kwargs: object) -> Tensor:
-        raise AssertionError("a rule ran without a tangent")
-
-    for function in list(RULES):
-        monkeypatch.setitem(RULES, function, never)
-    x = _noise(2, 3, 4, dtype=torch.float32)
-    with fwAD.dual_level(), ForwardRules():
-        F.linear(torch.ones(2, 3, dtype=torch.int64), torch.ones(4, 3, dtype=torch.int64))
-        F.layer_norm(x, (4,))
-        F.rms_norm(x, (4,))
-        F.cross_entropy(x[0], torch.tensor([0, 1, 2]))
-        F.scaled_dot_product_attention(x, x, x, attn_mask=torch.ones(3, 3, dtype=torch.bool))
-    with fwAD.dual_level(), ForwardRules(), pytest.raises(AssertionError):
-        F.layer_norm(dual(x, x), (4,))
-
-
-@pytest.mark.parametrize(("moving", "products"), [({"input"}, 2), ({"weight"}, 2), ({"input", "weight"}, 3)], ids=str)
-def test_a_linear_costs_one_product_and_one_for_each_tangent(moving: set[str], products: int) -> None:
+def test_a_frozen_weight_costs_one_product_for_all_directions_of_a_pass(function: Callable[..., Tensor]) -> None:
     with _products() as seen:
-        _evaluate(F.linear, {"input": _noise(2, 3, 4), "weight": _noise(5, 4)}, moving, rules=True)
-    assert len(seen) == products
+        shared(lambda x, w: function(x, w), {"x": noise(2, 3, 4), "w": noise(4, 4)}, ["x"])
+    assert len(seen) == 2
 
 
 def test_frozen_layers_cost_twice_inference_in_products() -> None:
@@ -256,6 +269,29 @@ def test_frozen_layers_cost_twice_inference_in_products() -> None:
     inference = products(None)
     assert inference == 2 * 6 + 2 * 2 * 2 + 2  # per layer: 6 linears, 2 adapters of 2; pooler and classifier
     assert products(torch.ones_like(bias)) == 2 * inference
+
+
+WIDE = {"x": noise(64, 1024, dtype=torch.float32), "y": noise(64, 1024, seed=1, dtype=torch.float32)}
+TENSOR_MIB = 0.25
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, y: x * y,
+        lambda x, y: x + y[0],
+        lambda x, y: x**2,
+        lambda x, y: torch.softmax(x, -1),
+        lambda x, y: F.layer_norm(x, (1024,), y[0]),
+        lambda x, y: F.rms_norm(x, (1024,), y[0]),
+    ],
+    ids=["mul", "add", "pow", "softmax", "layer_norm", "rms_norm"],
+)
+def test_elementwise_rules_need_no_memory_beyond_their_result(function: Callable[..., Tensor]) -> None:
+    """Value and tangent, and one temporary at most; PyTorch's own take up to four."""
+    moving = ["x", "y"] if function(**WIDE).equal(WIDE["x"] * WIDE["y"]) else ["x"]
+    tangents = len(moving) * TENSOR_MIB  # made by the test
+    assert peak_mib(lambda: alone(function, WIDE, moving, rules=True), "cpu") < tangents + 3.2 * TENSOR_MIB
 
 
 @pytest.mark.parametrize("family", MODELS)

@@ -20,7 +20,7 @@ def dual(primal: Tensor, tangent: Tensor | None) -> Tensor:
 
 def split(value: Any) -> Pair:
     """Value and tangent of anything; outside of a level nothing has a tangent."""
-    if not isinstance(value, Tensor):
+    if not isinstance(value, Tensor) or not value.is_floating_point():
         return value, None
     primal, tangent = fwAD.unpack_dual(value)  # type: ignore[no-untyped-call]
     return primal, tangent

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from spry_app.autodiff import norms, products
+from spry_app.autodiff import losses, norms, products
 from spry_app.autodiff.attention import attention
 from spry_app.autodiff.duals import Pair, dual, split, wide
-from spry_app.autodiff.fans import along
+from spry_app.autodiff.fans import along, in_vmap
 
 Rule = Callable[..., Any]
 """The arguments of a function, each with its tangent -> dual number, or NotImplemented for PyTorch's own rule."""
@@ -34,7 +34,7 @@ class ForwardRules(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         rule = RULES.get(func)
-        if rule is None:
+        if rule is None or in_vmap():
             return func(*args, **kwargs)
         pairs, named = [split(value) for value in args], {name: split(value) for name, value in kwargs.items()}
         if all(tangent is None for _, tangent in (*pairs, *named.values())):
@@ -52,7 +52,7 @@ def _rule(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
 
 
 def _operator(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
-    """For f(a, b) and nothing more: calls with options (alpha, out, rounding_mode) are left to PyTorch."""
+    """For f(a, b), which is also how operators like a * b arrive; calls with options (alpha, out) are PyTorch's own."""
 
     def register(rule: Rule) -> Rule:
         def of_two(*operands: Pair, **options: Pair) -> Any:
@@ -76,22 +76,22 @@ def _addmm(input: Pair, mat1: Pair, mat2: Pair, **options: Pair) -> Any:
     return along(lambda bias, x, w: products.linear(x, products.transposed(w), bias), input, mat1, mat2)
 
 
-@_operator(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm)
+@_operator(torch.matmul, Tensor.matmul, torch.bmm, Tensor.bmm)
 def _matmul(left: Pair, right: Pair) -> Any:
     return along(products.matmul, left, right)
 
 
-@_operator(torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__)
+@_operator(torch.mul, Tensor.mul)
 def _multiply(left: Pair, right: Pair) -> Any:
     return along(products.multiply, left, right)
 
 
-@_operator(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
+@_operator(torch.add, Tensor.add)
 def _add(left: Pair, right: Pair) -> Any:
     return _sum(left, right, 1)
 
 
-@_operator(torch.sub, Tensor.sub, Tensor.__sub__)
+@_operator(torch.sub, Tensor.sub)
 def _subtract(left: Pair, right: Pair) -> Any:
     return _sum(left, right, -1)
 
@@ -103,7 +103,7 @@ def _sum(left: Pair, right: Pair, sign: int) -> Any:
     return along(lambda a, b: products.add(a, b, sign), left, right)
 
 
-@_operator(torch.div, Tensor.div, Tensor.__truediv__)
+@_operator(torch.div, Tensor.div)
 def _divide(left: Pair, right: Pair) -> Any:
     return NotImplemented if right[1] is not None else along(products.divide, left, right)
 
@@ -134,9 +134,16 @@ def _rms_norm(input: Pair, normalized_shape: Pair, weight: Pair = NONE, eps: Pai
 
 
 @_rule(F.cross_entropy)
-def _cross_entropy(input: Pair, *args: Pair, **kwargs: Pair) -> Any:
-    """PyTorch's own rule, in fp32: a loss in a half format has no digits left for its slope."""
-    others: list[Any] = [dual(*pair) for pair in args]
+def _cross_entropy(input: Pair, target: Pair, *args: Pair, **kwargs: Pair) -> Any:
+    """In fp32 at least: a loss in a half format has no digits left for its slope."""
+    options = {name: value for name, (value, _) in kwargs.items()}
+    reduction = options.get("reduction", "mean")
+    usual = not args and options.keys() <= {"ignore_index", "reduction"} and reduction in ("mean", "sum")
+    if usual and input[0].dim() == 2 and not target[0].is_floating_point():
+        ignored = options.get("ignore_index", -100)
+        logits = wide(input[0]), None if input[1] is None else wide(input[1])
+        return along(lambda x, t: losses.cross_entropy(x, t[0], ignored, reduction), logits, target)
+    others: list[Any] = [dual(*pair) for pair in (target, *args)]
     named: dict[str, Any] = {name: dual(*pair) for name, pair in kwargs.items()}
     return F.cross_entropy(wide(dual(*input)), *others, **named)
 
