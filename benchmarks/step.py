@@ -52,6 +52,7 @@ def settings_parser(**defaults: object) -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the frozen weights")
     parser.add_argument("--task", choices=TASKS, default="classification")
     parser.add_argument("--layers", type=int, default=0, help="keep so many blocks of the model; 0: all")
+    parser.add_argument("--workspace-kib", type=int, default=2048, help="temporaries of one operation")
     parser.add_argument("--json", action="store_true", help="one line with everything instead of tables")
     parser.set_defaults(**defaults)
     return parser

@@ -13,6 +13,7 @@ from benchmarks.models import LABELS, SHAPES, build
 from spry_app.autodiff.directions import Seed, Tensors, direction
 from spry_app.autodiff.gradients import GRADIENTS
 from spry_app.autodiff.slopes import Batch, Objective, Part
+from spry_app.autodiff.workspace import DEFAULT_BYTES, workspace
 from spry_app.models import AdaptedModel, Entering
 from spry_app.models.units import HEAD, Units
 
@@ -37,7 +38,9 @@ LOSSES: dict[str, Loss] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured. bits 0: no quantisation; layers 0: all of the model's; directions: K."""
+    """What is measured. bits 0: no quantisation; layers 0: all of the model's; directions: K; workspace_kib: what the
+    temporaries of one operation may take (attention scores, logits over a vocabulary).
+    """
 
     model: str
     batch: int = 8
@@ -49,6 +52,7 @@ class Settings:
     bits: int = 0
     layers: int = 0
     task: str = "classification"
+    workspace_kib: int = DEFAULT_BYTES >> 10
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ class Work:
     tokens: Tensor
     labels: Tensor
     loss: Loss
+    workspace_bytes: int
     weights_mib: float
     random: bool
 
@@ -79,7 +84,12 @@ class Work:
         size = micro_batch or len(self.tokens)
         slices = zip(torch.split(self.tokens, size), torch.split(self.labels, size), strict=True)
         batch = [Part(self._objective(variant, *part), len(part[0]) / len(self.tokens)) for part in slices]
-        return lambda: variant.step(batch, self.params)
+
+        def step() -> object:
+            with workspace(self.workspace_bytes):
+                return variant.step(batch, self.params)
+
+        return step
 
     def _objective(self, variant: Variant, tokens: Tensor, labels: Tensor) -> Objective:
         inputs, adapted = {"input_ids": tokens}, self.adapted
@@ -103,7 +113,8 @@ def prepare(settings: Settings) -> Work:
     loss = LOSSES[settings.task]
     own = {name: built.adapted.model.get_parameter(name) for name in UNITS[settings.units](built.adapted.units)}
     params = {name: 0.02 * torch.randn(tensor.shape, generator=draw) for name, tensor in own.items()}
-    return Work(built.adapted, params, tokens, labels, loss, built.weights_mib, built.random)
+    room = settings.workspace_kib << 10
+    return Work(built.adapted, params, tokens, labels, loss, room, built.weights_mib, built.random)
 
 
 def _names(units: Units, which: slice) -> list[str]:
@@ -150,7 +161,7 @@ def _eager_attention(adapted: AdaptedModel, on: bool) -> Iterator[None]:
 
 
 INFERENCE, BACKPROP, CHECKPOINTED = "inference", "backprop", "backprop + checkpointing"
-PUBLISHED, OURS, KEPT = "forward mode, as published", "forward mode, ours", "ours, prefix kept"
+PUBLISHED, OURS, KEPT = "forward mode, as published", "forward mode, ours", "ours, K at once, prefix kept"
 
 
 def variants(settings: Settings) -> dict[str, Variant]:

@@ -36,7 +36,7 @@ ROWS = (INFERENCE, BACKPROP, CHECKPOINTED, PUBLISHED, OURS, together(3))
 
 
 def test_a_step_runs_without_flower_and_without_bitsandbytes() -> None:
-    shape = ["--bits", "4", "--length", "16", "--batch", "2", "--directions", "2"]
+    shape = ["--bits", "4", "--layers", "1", "--length", "16", "--batch", "1", "--directions", "2"]
     arguments = ["--model", "tiny", *shape, "--device", "meta", "--json"]
     code = (
         "import sys, runpy; sys.modules['flwr'] = sys.modules['bitsandbytes'] = None; "

@@ -1,8 +1,14 @@
 """Slopes are directional derivatives: forward mode's exactly, those of differences to their order in h."""
 
+import functools
+import itertools
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny_models import MODELS, tiny_batch, tiny_model, trainables
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -18,6 +24,7 @@ from spry_app.autodiff.slopes import (
     forward_mode,
     one_sided_difference,
 )
+from spry_app.autodiff.workspace import workspace
 
 SEED = Seed(0, 0, 0, 0)
 
@@ -105,6 +112,30 @@ def test_micro_batches_of_unequal_size_add_up_to_the_whole_batch(name: str, rule
     # A difference divides the rounding of the loss, 1e-16, by h.
     assert abs(whole[0] - sliced[0]) < 1e-12
     assert sliced[1] == pytest.approx(whole[1], rel=1e-10, abs=1e-11)
+
+
+cached_model = functools.cache(tiny_model)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(st.data())
+def test_slopes_in_fp32_are_the_same_however_the_step_is_cut(data: st.DataObject) -> None:
+    """Whatever the slices, the directions that share a pass and the workspace: to 1e-6 of the size of the slopes."""
+    model = cached_model(data.draw(st.sampled_from(sorted(MODELS)), "family"))
+    batch, params = tiny_batch(examples=7, seed=data.draw(st.integers(0, 3), "batch")), trainables(model)
+    ends = sorted(data.draw(st.sets(st.integers(1, 6)), "cuts") | {0, 7})
+    at_once = data.draw(st.integers(1, 3), "at once")
+    limit = data.draw(st.sampled_from([200, 5_000]), "workspace")
+    v = [direction(SEED, k, params) for k in range(3)]
+    whole = forward_mode([Part(_objective(model, batch), 1.0)], params, v)
+    parts = [
+        Part(_objective(model, {name: value[start:end] for name, value in batch.items()}), (end - start) / 7)
+        for start, end in itertools.pairwise(ends)
+    ]
+    with workspace(limit):
+        cut = forward_mode(parts, params, v, at_once)
+    assert cut[0] == pytest.approx(whole[0], rel=1e-6)
+    assert cut[1] == pytest.approx(whole[1], rel=0, abs=1e-6 * math.hypot(*whole[1]))
 
 
 def _cubic(params: Tensors) -> Tensor:

@@ -118,3 +118,21 @@ def test_memory_is_that_of_a_chunk_and_not_of_all_logits(name: str) -> None:
     all_logits = tokens * words * 4
     assert step(all_logits) > 2 * all_logits / 2**20
     assert step(all_logits // 32) < 0.25 * all_logits / 2**20
+
+
+@pytest.mark.parametrize("directions", [1, 3])
+def test_a_chunk_takes_its_logits_their_tangents_and_the_weights_of_the_words(directions: int) -> None:
+    """Tensors of the size of its logits: 2 + K, where PyTorch's own rule takes up to four for each direction."""
+    words, tokens = 4000, 512
+    own = {"below": draw(WIDTH, WIDTH, dtype=torch.float32)}
+    hidden, head = draw(tokens, WIDTH, dtype=torch.float32), draw(words, WIDTH, dtype=torch.float32)
+    wanted = torch.zeros(tokens, dtype=torch.long)
+    chunk = 64 * words * 4
+
+    def objective(params: Tensors) -> Tensor:
+        return token_loss(F.linear(hidden, params["below"]), lambda rows: F.linear(rows, head), wanted, words)
+
+    moves = [direction(SEED, k, own) for k in range(directions)]
+    with workspace(chunk):
+        peak = peak_mib(lambda: forward_mode([Part(objective, 1.0)], own, moves, directions), "cpu")
+    assert peak < (2.3 + directions) * chunk / 2**20

@@ -95,7 +95,7 @@ def _mixed(
 
 def _product(left: Tensor, right: Tensor, scale: float) -> Tensor:
     """scale a b, without a copy of either."""
-    return torch.baddbmm(left.new_zeros(()), left, right, beta=0, alpha=scale)
+    return torch.baddbmm(left.new_empty(()), left, right, beta=0, alpha=scale)
 
 
 def _blocks(query: Tensor, key: Tensor, visibility: Visibility) -> Iterator[tuple[Cut, Sight]]:

@@ -136,11 +136,11 @@ def _rms_norm(input: Pair, normalized_shape: Pair, weight: Pair = NONE, eps: Pai
 @_rule(F.cross_entropy)
 def _cross_entropy(input: Pair, target: Pair, *args: Pair, **kwargs: Pair) -> Any:
     """In fp32 at least: a loss in a half format has no digits left for its slope."""
-    options = {name: value for name, (value, _) in kwargs.items()}
-    reduction = options.get("reduction", "mean")
-    usual = not args and options.keys() <= {"ignore_index", "reduction"} and reduction in ("mean", "sum")
+    given = {name: value for name, (value, _) in kwargs.items() if value is not None}
+    ignored, reduction = given.pop("ignore_index", -100), given.pop("reduction", "mean")
+    smoothing = given.pop("label_smoothing", 0.0)
+    usual = not (args or given or smoothing) and reduction in ("mean", "sum")
     if usual and input[0].dim() == 2 and not target[0].is_floating_point():
-        ignored = options.get("ignore_index", -100)
         logits = wide(input[0]), None if input[1] is None else wide(input[1])
         return along(lambda x, t: losses.cross_entropy(x, t[0], ignored, reduction), logits, target)
     others: list[Any] = [dual(*pair) for pair in (target, *args)]

@@ -34,7 +34,6 @@ def with_peak(step: Callable[[], T], device: torch.device | str) -> tuple[T, flo
     death, so a model that fits nowhere can be asked too. Attention is counted as the kernel of the CPU; temporaries
     inside other operators are not seen. Every number that the step reads is zero.
     """
-    gc.collect()
     results: list[T] = []
     worst = _PEAKS[torch.device(device).type](lambda: results.append(step()), torch.device(device))
     return results[0], worst / MIB
@@ -48,7 +47,7 @@ def peak_mib(step: Callable[[], object], device: torch.device | str) -> float:
 def settle_allocator(own_pages_from: int = 128 << 10) -> bool:
     """Have glibc give every block from so many bytes pages of its own, which the system gets back when it dies.
 
-    Else such blocks come from a heap that aligned blocks cut into holes: the process then holds 1.5 to 3 times the
+    Else such blocks come from a heap that aligned blocks cut into holes: the process then holds 1.3 to 4 times the
     peak that `with_peak` reads. The price is time (docs/performance.md). Call it before the first tensor is made.
     False where the C library is not glibc.
     """
@@ -70,6 +69,7 @@ def _glibc(function: str) -> Callable[..., int] | None:
 
 
 def _cuda_peak(step: Callable[[], object], device: torch.device) -> int:
+    gc.collect()
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -80,6 +80,7 @@ def _cuda_peak(step: Callable[[], object], device: torch.device) -> int:
 
 def _cpu_peak(step: Callable[[], object], device: torch.device) -> int:
     """PyTorch keeps no peak for the CPU; its profiler records every allocation and release."""
+    gc.collect()  # what dies in the step must have lived in it
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorder:
         step()
     assert recorder.profiler is not None and recorder.profiler.kineto_results is not None
