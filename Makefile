@@ -10,13 +10,14 @@ ARGS   ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help run test check format clean
+.PHONY: help run test check bench format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make run     fine-tune a language model on ten virtual devices (ARGS='...' for spry run)"
-	@echo "make test    run the tests"
-	@echo "make check   format, lint, types and tests: what CI runs"
+	@echo "make test    run the tests, but for the slow ones"
+	@echo "make check   format, lint, types and all tests: what CI runs"
+	@echo "make bench   what does a step cost in time and memory? (ARGS='--help' for benchmarks.step)"
 	@echo "make format  format the code"
 	@echo "make clean   remove .venv, caches and outputs"
 
@@ -30,7 +31,10 @@ check: .venv/installed
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -m ""
+
+bench: .venv/installed
+	@$(BIN)/python -m benchmarks.step $(ARGS)
 
 format: .venv/installed
 	@$(BIN)/ruff format .

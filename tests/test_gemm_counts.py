@@ -51,7 +51,8 @@ class Shape:
         above = one * (self.qkv + self.others) + both * (self.lora_a + self.lora_b + 2 * self.scores)
         first = self.qkv + one * (self.others + self.lora_a + self.scores) + both * (self.lora_b + self.scores)
         head = one * self.frozen_head + (both if moving_head else one) * self.head
-        return lowest * self.block + first + (BLOCKS - 1 - lowest) * above + head
+        loss = directions * EXAMPLES * LABELS  # softmax times the tangents of the logits
+        return lowest * self.block + first + (BLOCKS - 1 - lowest) * above + head + loss
 
     @property
     def block(self) -> int:

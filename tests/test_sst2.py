@@ -44,6 +44,7 @@ def accuracy(folder: Path, data: Path, **keys: Any) -> float:
     return result.correct / result.examples
 
 
+@pytest.mark.slow
 def test_spry_beats_a_trained_head_by_three_points_at_equal_rounds(tmp_path: Path, shared_data: Path) -> None:
     head = accuracy(tmp_path / "head", shared_data, **{"adapter.kind": "none"})
     spry = accuracy(tmp_path / "spry", shared_data)
