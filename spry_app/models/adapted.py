@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spry_app.autodiff.token_loss import token_loss
+from spry_app.autodiff.token_loss import IGNORED, token_loss
 from spry_app.autodiff.transfer import onto
 from spry_app.config import AdapterConfig, ModelConfig
 from spry_app.models.adapter import attach
@@ -93,10 +94,11 @@ class AdaptedModel:
         own = {key.removeprefix(f"{name}."): value for key, value in placed.items() if key.startswith(f"{name}.")}
         with _passing_through(head):
             hidden = self._output(placed, inputs, dropout, entering)
+        following = F.pad(labels[:, 1:], (0, 1), value=IGNORED)  # cheaper than hidden states cut short, and so copied
         return token_loss(
-            hidden[:, :-1],
+            hidden,
             lambda rows: functional_call(head, own, (rows,)),
-            onto(labels, self.device)[:, 1:],
+            onto(following, self.device),
             base.config.vocab_size,
         )
 
