@@ -5,10 +5,11 @@ an empty string stands for "not set".
 """
 
 import difflib
+import math
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from spry_app.errors import SpryError
@@ -19,6 +20,16 @@ Seconds = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Limit = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 StepSize = Annotated[float, Field(gt=0)]
+
+
+def _check_budget(value: object) -> object:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value in ("", "auto") or (number and 0 < value < math.inf):  # type: ignore[operator]
+        return value
+    raise ValueError('it must be a positive number of MiB, "auto", or "" for no budget')
+
+
+Budget = Annotated[int | float | str, BeforeValidator(_check_budget)]
 
 
 def _kebab(name: str) -> str:
@@ -108,7 +119,7 @@ class ClientConfig(_Section):
     at most this. 0 always uses `directions`."""
     directions_at_once: Count = 4
     """Directions that share a forward pass: n cost 1 + n passes instead of 2 n, and n times the memory of one."""
-    memory_budget_mib: Annotated[int, Field(ge=1)] | Literal["", "auto"] = ""
+    memory_budget_mib: Budget = ""
     """What a step may take beside the loaded model: micro-batch, directions-at-once and the size of temporaries are
     chosen to fit. "auto" is half of what is free; a node's own `memory-budget-mib` (--node-config) comes first."""
     prefix_cache_mib: int = Field(64, ge=0)

@@ -31,6 +31,12 @@ PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
         ({"stop.max-seconds": math.inf}, "finite number"),
         ({"stop.target-accuracy": 80.0}, "less than or equal to 1"),
         ({"client.micro-batch": -1}, "greater than or equal to 0"),
+        (
+            {"client.memory-budget-mib": "lots"},
+            "'client.memory-budget-mib' is 'lots': it must be a positive number of MiB",
+        ),
+        ({"client.memory-budget-mib": 0}, '"auto", or "" for no budget'),
+        ({"client.memory-budget-mib": True}, "is True"),
     ],
 )
 def test_a_bad_key_is_named_with_what_is_allowed(flat: dict, sentence: str) -> None:
@@ -48,6 +54,11 @@ def test_a_config_survives_flowers_flat_form() -> None:
     config = RunConfig.from_flower({"client.learning-rate": 1, "model.name": "x", "adapter.rank": 4})
     assert config.client.learning_rate == 1.0
     assert RunConfig.from_flower(config.flat()) == config
+
+
+@pytest.mark.parametrize("budget", ["", "auto", 12, 1.5])
+def test_a_budget_is_a_number_or_a_word(budget: float | str) -> None:
+    assert RunConfig.from_flower({"client.memory-budget-mib": budget}).client.memory_budget_mib == budget
 
 
 def test_every_key_says_what_it_means() -> None:

@@ -68,7 +68,7 @@ def _choose(node: Node, method: Method, config: RunConfig) -> Slices:
     return chosen
 
 
-def _mib(budget: int | str, device: torch.device) -> float:
+def _mib(budget: float | str, device: torch.device) -> float:
     """The run config's budget in MiB; 0 where it sets none."""
     if budget == "auto":
         return AUTO_PART * _free_bytes(device) / MIB
