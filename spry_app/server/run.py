@@ -57,7 +57,11 @@ def run(grid: Grid, context: Context) -> None:
     arrays = _federate(strategy, grid, config, to_arrays(adapted.tensors()), evaluate)
     save_adapter(adapted, from_arrays(arrays), folder / "adapter")
     draw(recorder.rounds, folder / "picture.png", title=f"{config.method} on {config.data.source}")
-    _write_result(folder, recorder, step_peaks(adapted, test, config, method) if test is not None else {})
+    peaks = step_peaks(adapted, test, config, method) if test is not None else {}
+    measured = [line.peak_mib for line in recorder.rounds if line.peak_mib]
+    if config.client.memory_budget_mib and measured:  # each client has cut its steps as it must
+        peaks["run"] = max(measured)
+    _write_result(folder, recorder, peaks)
 
 
 def _federate(
