@@ -18,7 +18,6 @@ from spry_app.config import RunConfig
 from spry_app.data import batches
 from spry_app.methods import Method
 from spry_app.methods.replay import exact_names, local_steps
-from spry_app.models.units import depths
 from spry_app.objectives import score
 from spry_app.protocol import Score, Task, TrainReply
 
@@ -31,7 +30,7 @@ def train(node: Node, task: Task, method: Method, config: RunConfig, slices: Sli
     exact = exact_names(node.adapted.units, method, config.head_gradient) & own.keys()
     local, peak = LocalTraining(own, method, config.client), 0.0
     with _prefix(node, own, config) as prefix:
-        suffix = _suffix(node, task)
+        suffix = suffix_above(node.adapted.depth(own), len(node.adapted.blocks))
         gradient = method.pick.gradient(method.gradient, task.update, config.client)
         step = Step(node, gradient, exact, config.client.directions, slices, prefix, suffix)
         for number, rows in enumerate(_local_batches(len(node.train), task, method, config)):
@@ -67,12 +66,6 @@ def _prefix(node: Node, own: Iterable[str], config: RunConfig) -> Iterator[Prefi
         yield cache
     finally:
         cache.close()
-
-
-def _suffix(node: Node, task: Task) -> float:
-    """Part of the blocks from the lowest of the task's units upwards."""
-    depth, blocks = depths(node.adapted.units)
-    return suffix_above(min((depth[unit] for unit in task.units), default=blocks), blocks)
 
 
 def _local_batches(rows: int, task: Task, method: Method, config: RunConfig) -> Iterator[list[int]]:
