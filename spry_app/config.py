@@ -100,6 +100,8 @@ class DataConfig(_Section):
 class ClientConfig(_Section):
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     learning_rate: StepSize = 1e-2
+    head_learning_rate: float = Field(0.0, ge=0)
+    """Step size of the head; 0 for the same as the rest. A head with an exact gradient bears a larger one."""
     weight_decay: float = Field(0.0, ge=0)
     local_epochs: Count = 1
     """Passes over the shard a round, in per-epoch mode."""

@@ -109,6 +109,20 @@ def test_scalars_stand_for_the_weights_that_a_difference_method_would_send(run_c
     assert same(*results)
 
 
+def test_the_head_takes_local_steps_of_its_own_size(run_config: dict, tmp_path: Path) -> None:
+    """One SGD step from equal weights moves in proportion to its size: four times that of the rest, or the same."""
+    moves = []
+    for head_rate in (0.2, 0.0):
+        keys = {"method": "fedavg", "client.local-steps": 1, "client.head-learning-rate": head_rate}
+        federation = Federation(tmp_path / str(head_rate), run_config | keys)
+        before = federation.strategy.snapshot()
+        federation.start(CLIENTS, rounds=1)
+        moves.append({name: value - before[name] for name, value in federation.strategy.snapshot().items()})
+    for unit, names in federation.adapted.units.items():
+        for name in names:
+            torch.testing.assert_close(moves[0][name], moves[1][name] * (4 if unit == "head" else 1))
+
+
 def test_the_global_models_accuracy_is_taken_before_any_further_training(run_config: dict, tmp_path: Path) -> None:
     """Published mistake: evaluation after local fine-tuning, reported as the global model's."""
     keys = {"method": "fedavg", "server.fraction-evaluate": 1.0, "client.learning-rate": 0.2, "client.local-steps": 8}

@@ -41,6 +41,7 @@ def test_the_server_rebuilds_bit_for_bit_the_update_that_the_client_measured(
     """Both modes train alike, so the weights that one sends are the reference for the other's scalars."""
     rebuilt = {}
     run_config = run_config | {"head-gradient": head_gradient, "client.directions-at-once": 2}
+    run_config |= {"client.head-learning-rate": 0.2}
     for method in ("spry", "spry-per-iteration"):
         federation = Federation(
             tmp_path / method, run_config | {"method": method, "client.optimizer": optimizer, "client.local-steps": 3}

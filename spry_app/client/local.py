@@ -6,23 +6,21 @@ import torch
 
 from spry_app.autodiff.directions import Tensors
 from spry_app.autodiff.gradients import Estimate
-from spry_app.config import ClientConfig
 from spry_app.methods import Method
-from spry_app.methods.replay import client_rule
-from spry_app.optimizers import CLIENT_OPTIMIZERS, NamedOptimizer
+from spry_app.optimizers import NamedOptimizer
 
 
 class LocalTraining:
     """Takes one estimate after the other: each is a step, or is averaged where the gradient itself goes up.
 
-    own: the tensors that this client trains, as they were sent. loss: summed over the examples taken. forwards: what
-    the estimates cost, in passes of one example.
+    optimizer: over the tensors that this client trains, as they were sent. loss: summed over the examples taken.
+    forwards: what the estimates cost, in passes of one example.
     """
 
-    def __init__(self, own: Tensors, method: Method, config: ClientConfig) -> None:
+    def __init__(self, optimizer: NamedOptimizer, method: Method) -> None:
         self._reply = method.reply
-        self._optimizer = NamedOptimizer(own, CLIENT_OPTIMIZERS, client_rule(config))
-        self._total = {name: torch.zeros_like(value) for name, value in own.items()}
+        self._optimizer = optimizer
+        self._total = {name: torch.zeros_like(value) for name, value in optimizer.tensors.items()}
         self._slopes: list[tuple[float, ...]] = []
         self.loss, self.examples, self.forwards = 0.0, 0, 0.0
 

@@ -17,7 +17,7 @@ from spry_app.client.step import Step
 from spry_app.config import RunConfig
 from spry_app.data import batches
 from spry_app.methods import Method
-from spry_app.methods.replay import exact_names, local_steps
+from spry_app.methods.replay import exact_names, local_optimizer, local_steps
 from spry_app.objectives import score
 from spry_app.protocol import Score, Task, TrainReply
 
@@ -28,7 +28,7 @@ def train(node: Node, task: Task, method: Method, config: RunConfig, slices: Sli
     node.adapted.load_tensors(task.tensors)
     own = {name: task.tensors[name] for unit in task.units for name in node.adapted.units[unit]}
     exact = exact_names(node.adapted.units, method, config.head_gradient) & own.keys()
-    local, peak = LocalTraining(own, method, config.client), 0.0
+    local, peak = LocalTraining(local_optimizer(own, node.adapted.units, config.client), method), 0.0
     with _prefix(node, own, config) as prefix:
         suffix = suffix_above(node.adapted.depth(own), len(node.adapted.blocks))
         gradient = method.pick.gradient(method.gradient, task.update, config.client)

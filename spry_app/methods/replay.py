@@ -1,5 +1,6 @@
 """The update that scalars stand for: client and server both come here, so they get the same bits."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 from spry_app.autodiff.directions import Seed, Tensors
@@ -12,9 +13,12 @@ HEAD = "head"
 """Name of the unit that is the classification head."""
 
 
-def client_rule(config: ClientConfig) -> Rule:
-    """The local optimizer that the run config asks for."""
-    return Rule(config.optimizer, config.learning_rate, weight_decay=config.weight_decay)
+def local_optimizer(start: Tensors, units: Mapping[str, Sequence[str]], config: ClientConfig) -> NamedOptimizer:
+    """A client's optimizer at the start of its task, over copies of `start`: the head has a step size of its own."""
+    rule = Rule(config.optimizer, config.learning_rate, weight_decay=config.weight_decay)
+    head_rate = config.head_learning_rate or config.learning_rate
+    rates = {name: head_rate for name in units.get(HEAD, ()) if name in start}
+    return NamedOptimizer(start, CLIENT_OPTIMIZERS, rule, rates)
 
 
 def local_steps(method: Method, config: ClientConfig) -> int:
@@ -27,16 +31,13 @@ def exact_names(units: Mapping[str, Sequence[str]], method: Method, head_gradien
     return set(units.get(HEAD, ())) if method.gradient.slopes and head_gradient == "exact" else set()
 
 
-def replay(start: Tensors, slopes: Sequence[Sequence[float]], seed: Seed, rule: Rule, gradient: Gradient) -> Tensors:
+def replay(optimizer: NamedOptimizer, slopes: Sequence[Sequence[float]], seed: Seed, gradient: Gradient) -> Tensors:
     """Repeat a client's local steps from what it measured (SPRY's per-iteration mode, arXiv:2405.15551).
 
-    start: the client's tensors before its first step. slopes: K numbers for each of the T steps. seed: of step 0.
-    gradient: the way they were measured, which knows what they stand for.
+    optimizer: over the client's tensors before its first step. slopes: K numbers for each of the T steps. seed: of
+    step 0. gradient: the way they were measured, which knows what they stand for.
     """
-    if not start:
-        return {}
-    optimizer = NamedOptimizer(start, CLIENT_OPTIMIZERS, rule)
     for step, measured in enumerate(slopes):
-        at = Seed(run=seed.run, round=seed.round, client=seed.client, step=seed.step + step)
-        optimizer.step(gradient.combine(measured, at, start))
+        at = dataclasses.replace(seed, step=seed.step + step)
+        optimizer.step(gradient.combine(measured, at, optimizer.tensors))
     return optimizer.tensors

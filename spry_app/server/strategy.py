@@ -13,7 +13,7 @@ from spry_app.autodiff.gradients import Gradient
 from spry_app.config import RunConfig
 from spry_app.errors import SpryError
 from spry_app.methods import Deal, Method
-from spry_app.methods.replay import HEAD, client_rule, exact_names, local_steps, replay
+from spry_app.methods.replay import HEAD, exact_names, local_optimizer, local_steps, replay
 from spry_app.models.units import depths
 from spry_app.optimizers import SERVER_OPTIMIZERS, NamedOptimizer, Rule
 from spry_app.protocol import (
@@ -186,8 +186,8 @@ class SpryStrategy(Strategy):
         """The client's tensors after its training: as sent, and the others rebuilt from its slopes."""
         seed = Seed(run=self.config.seed, round=task.round, client=task.client, step=0)
         replayed = {name: value for name, value in self.asked(task).items() if name not in reply.tensors}
-        rule, gradient = client_rule(self.config.client), self.gradient(task)
-        return reply.tensors | replay(replayed, reply.slopes, seed, rule, gradient)
+        optimizer = local_optimizer(replayed, self.units, self.config.client)
+        return reply.tensors | replay(optimizer, reply.slopes, seed, self.gradient(task))
 
     def gradient(self, task: Task) -> Gradient:
         """The client's way to a gradient: the method's, along the directions picked for this task."""
