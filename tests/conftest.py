@@ -7,7 +7,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imp
 
 import pytest
 import torch
-from flwr.supercore.task_identity import TaskIdentity
+
+from benchmarks.local_grid import identify
 
 SHARED_DATA = Path(__file__).parent.parent.parent / "shared" / "data"
 
@@ -23,11 +24,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
-@pytest.fixture(autouse=True)
-def task_identity(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Flower stamps each new Message with the identity of the running task; outside a run there is none."""
-    for name in ("run_id", "node_id", "task_id"):
-        monkeypatch.setattr(TaskIdentity, f"_{name}", 1)
+@pytest.fixture(scope="session", autouse=True)
+def task_identity() -> None:
+    identify()
 
 
 @pytest.fixture(scope="session", autouse=True)

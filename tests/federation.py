@@ -1,21 +1,17 @@
 """A whole federation in one process: the real ClientApp on tiny models, every message through Flower's protobuf."""
 
-import itertools
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.app import Context, Message, RecordDict
-from flwr.common.serde import message_from_proto, message_to_proto
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
-from client_app import app as client_app
-from spry_app.config import RunConfig, Scalar
+from benchmarks.local_grid import LocalGrid
+from spry_app.config import RunConfig
 from spry_app.data import label_names
 from spry_app.methods import get_method
 from spry_app.models import AdaptedModel, load_model
@@ -24,7 +20,6 @@ from spry_app.server.record import Recorder
 from spry_app.server.stopping import end_round
 from spry_app.server.strategy import SpryStrategy
 
-Tamper = Callable[[int, Message], Message | None]
 WORDS = ("good", "great", "fine", "happy", "bad", "awful", "poor", "sad", "film", "plot", "the", "a", "was", "very")
 
 
@@ -87,48 +82,6 @@ def tiny_run(folder: Path) -> dict[str, Any]:
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     """The same tensors to the bit, by name."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-class LocalGrid:
-    """Flower's Grid as a strategy sees it. `tamper(partition, reply)` may change a reply or lose it (None).
-
-    node_ids: of the partitions, in their order. own: what each partition says in its node config besides.
-    """
-
-    def __init__(
-        self,
-        clients: int,
-        run_config: dict[str, Any],
-        node_ids: Sequence[int] = (),
-        tamper: Tamper | None = None,
-        own: Sequence[Mapping[str, Scalar]] = (),
-    ) -> None:
-        self.tamper = tamper
-        self.contexts: dict[int, Context] = {}
-        for partition, node in enumerate(node_ids or range(100, 100 + 7 * clients, 7)):
-            self.contexts[node] = Context(
-                run_id=1,
-                node_id=node,
-                node_config={"partition-id": partition, "num-partitions": clients, **(own[partition] if own else {})},
-                state=RecordDict(),
-                run_config=run_config,
-            )
-        self._ids = itertools.count()
-
-    def get_node_ids(self) -> Iterable[int]:
-        return list(self.contexts)
-
-    def send_and_receive(self, messages: Iterable[Message], timeout: float | None = None) -> Iterable[Message]:
-        replies = [self._deliver(message) for message in messages]
-        return [reply for reply in reversed(replies) if reply is not None]  # arrival order is not sending order
-
-    def _deliver(self, message: Message) -> Message | None:
-        message.metadata.__dict__["_message_id"] = f"message-{next(self._ids)}"
-        context = self.contexts[message.metadata.dst_node_id]
-        reply = client_app(message_from_proto(message_to_proto(message)), context)
-        reply = message_from_proto(message_to_proto(reply))
-        partition = int(context.node_config["partition-id"])
-        return self.tamper(partition, reply) if self.tamper and message.metadata.message_type == "train" else reply
 
 
 class Federation:

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from federation import Federation, LocalGrid, make_checkpoint, make_rows
+from federation import Federation, make_checkpoint, make_rows
 
+from benchmarks.local_grid import LocalGrid
 from spry_app.autodiff.directions import Seed
 from spry_app.autodiff.gradients import GRADIENTS
 from spry_app.data import load_shard

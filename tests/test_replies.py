@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from federation import Federation, LocalGrid, same, tiny_run
+from federation import Federation, same, tiny_run
 from flwr.app import Message
 from torch import Tensor
 
+from benchmarks.local_grid import LocalGrid
 from spry_app.autodiff.directions import Seed
 from spry_app.autodiff.slopes import Part
 from spry_app.config import RunConfig

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from federation import LocalGrid, make_checkpoint, make_rows
+from federation import make_checkpoint, make_rows
 from flwr.app import Context, RecordDict
 
+from benchmarks.local_grid import LocalGrid
 from spry_app.errors import SpryError
 from spry_app.server.run import run
 

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from federation import Federation, LocalGrid, make_rows, same, tiny_run
+from federation import Federation, make_rows, same, tiny_run
 from flwr.app import Context, RecordDict
 from rich.console import Console
 from safetensors.torch import load_file
 
+from benchmarks.local_grid import LocalGrid
 from spry_app.config import StopConfig
 from spry_app.launcher.progress import summary
 from spry_app.server.record import Round

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from federation import Federation, LocalGrid, make_checkpoint, same, tiny_run
+from federation import Federation, make_checkpoint, same, tiny_run
 from flwr.app import Message
 
+from benchmarks.local_grid import LocalGrid
 from spry_app.errors import SpryError
 from spry_app.protocol import Task, TrainReply, from_arrays, to_arrays
 
