@@ -1,0 +1,142 @@
+"""python -m benchmarks.accuracy: which method learns how much for what it costs, each with a step size of its own?"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cells import Cell, Cells, Outcome
+from benchmarks.measure import facts
+from benchmarks.plan import TOP_BLOCKS, Plan
+from benchmarks.rows import DATA_DIR, DATA_SETS, split
+from benchmarks.search import Steps
+from benchmarks.summary import Summary, draw, print_summary, summarise
+from spry_app.config import RunConfig, Scalar
+from spry_app.errors import SpryError
+from spry_app.methods import METHODS
+
+QUESTION = "Which method learns how much for what it costs, each with a step size of its own?"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Search, run, print."""
+    options = _parser().parse_args(arguments)
+    try:
+        compare(options, {name: {"method": name} for name in options.methods.split(",")}, QUESTION)
+    except SpryError as error:
+        sys.exit(f"error: {error}")
+
+
+def compare(options: argparse.Namespace, variants: Mapping[str, Mapping[str, Scalar]], question: str) -> Summary:
+    """Run variants of one plan beside each other and tell how they did; leaves summary.json and picture.png."""
+    plan = plan_of(options)
+    for keys in variants.values():
+        RunConfig.from_flower(plan.final(keys, 0))  # a wrong key is refused before anything runs
+    cells = Cells(options.out / "cells", options.jobs, str(facts("cpu")["commit"]))
+    try:
+        steps = Steps(cells, plan)
+        found = steps.find(variants)
+        outcomes = run_all(cells, plan, found, options.seeds)
+    finally:
+        cells.close()
+    summary = summarise(question, outcomes, options.target, options.budget)
+    told = record(options, plan, steps, summary, sorted(set(variants) - set(found)))
+    (options.out / "summary.json").write_text(json.dumps(told, indent=1) + "\n")
+    draw(summary, options.out / "picture.png")
+    print_summary(summary, steps.done)
+    return summary
+
+
+def run_all(
+    cells: Cells, plan: Plan, variants: Mapping[str, Mapping[str, Scalar]], seeds: int
+) -> dict[str, list[Outcome]]:
+    """Every variant with every seed. The seed comes first: a process then finds the model it has loaded."""
+    wanted = [
+        (name, Cell(plan.final(keys, seed), plan.nodes)) for seed in range(seeds) for name, keys in variants.items()
+    ]
+    found = cells.run([cell for _, cell in wanted], "Runs of the table")
+    outcomes: dict[str, list[Outcome]] = {name: [] for name in variants}
+    for (name, _), outcome in zip(wanted, found, strict=True):
+        outcomes[name].append(outcome)
+    return outcomes
+
+
+def record(
+    options: argparse.Namespace, plan: Plan, steps: Steps, summary: Summary, without: Sequence[str]
+) -> dict[str, Any]:
+    """Everything but the cells themselves."""
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    return {
+        **summary.as_json(),
+        "settings": {name: value for name, value in settings.items() if name not in ("out", "data_dir")},
+        "shared": dict(plan.shared),
+        "facts": facts("cpu"),
+        "search": [one.record() for one in steps.done],
+        "no step size worked for": list(without),
+    }
+
+
+def plan_of(options: argparse.Namespace) -> Plan:
+    """What the arguments say."""
+    rows = split(options.data, options.data_dir, options.out / "rows", options.train_rows, options.choice_rows)
+    shared: dict[str, Scalar] = {
+        "adapter.targets": TOP_BLOCKS,
+        "client.batch-size": 8,
+        "client.micro-batch": 0,
+        "client.local-steps": 2,
+        "client.directions": 4,
+        "client.directions-at-once": 4,
+        "data.holdout": 0.2,
+        **dict(options.set),
+    }
+    return Plan(
+        data=options.data,
+        split=rows,
+        alpha=options.alpha,
+        nodes=options.nodes,
+        clients=options.clients,
+        rounds=options.rounds,
+        evaluations=options.evaluations,
+        shared=shared,
+    )
+
+
+def parser(question: str) -> argparse.ArgumentParser:
+    """Arguments of every benchmark of accuracy."""
+    found = argparse.ArgumentParser(description=question, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    found.add_argument("--data", choices=DATA_SETS, default="sst2")
+    found.add_argument("--data-dir", type=Path, default=Path(DATA_DIR), help="a folder a data set (SPRY_DATA)")
+    found.add_argument("--alpha", default="1.0", help='"iid", or the concentration of the Dirichlet partition')
+    found.add_argument("--seeds", type=int, default=3, help="runs of each variant")
+    found.add_argument("--rounds", type=int, default=48, help="of a run with the shared number of local steps")
+    found.add_argument("--evaluations", type=int, default=4, help="after training has begun, at equal distances")
+    found.add_argument("--nodes", type=int, default=20, help="over which the rows are dealt")
+    found.add_argument("--clients", type=int, default=4, help="a round")
+    found.add_argument("--train-rows", type=int, default=4000, help="at most; 0: all")
+    found.add_argument("--choice-rows", type=int, default=600, help="of the training file, to choose step sizes on")
+    found.add_argument("--budget", type=float, default=0.0, help="forwards to compare at; 0: what all have spent")
+    found.add_argument("--target", type=float, default=0.0, help="accuracy to reach; 0: half of the best one's gain")
+    found.add_argument("--set", type=_pair, action="append", default=[], metavar="KEY=VALUE", help="of all runs")
+    found.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
+    found.add_argument("--out", type=Path, required=True, help="finished runs in here are not run again")
+    return found
+
+
+def _parser() -> argparse.ArgumentParser:
+    found = parser(QUESTION)
+    found.add_argument("--methods", default=",".join(METHODS), help="names, separated by commas")
+    return found
+
+
+def _pair(told: str) -> tuple[str, Scalar]:
+    key, _, value = told.partition("=")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value
+
+
+if __name__ == "__main__":
+    main()

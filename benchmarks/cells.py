@@ -1,0 +1,179 @@
+"""A cell: one whole run, described by its run config. Cells are run here, beside each other, and kept on disk, so that
+an interrupted benchmark goes on where it was. Which cells there are, and what they mean, is not known here.
+"""
+
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from flwr.app import Context, RecordDict
+from flwr.serverapp import Grid
+
+from benchmarks.local_grid import LocalGrid, identify
+from spry_app.config import RunConfig, Scalar
+from spry_app.errors import SpryError
+from spry_app.server.run import run
+
+KEPT = (
+    "round",
+    "accuracy",
+    "loss",
+    "personalised-accuracy",
+    "train-loss",
+    "forwards",
+    "mib-up",
+    "mib-down",
+    "seconds",
+    "refused",
+)
+"""Of every line of metrics.jsonl."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """run_config: every key that is not at its default, but for output-dir. nodes: over which the rows are dealt."""
+
+    run_config: Mapping[str, Scalar]
+    nodes: int
+
+    @property
+    def name(self) -> str:
+        """The same for the same cell, whatever the order of its keys."""
+        told = json.dumps([self.nodes, sorted(self.run_config.items())])
+        return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a cell gave. curve: a mapping of KEPT for every round, round 0 first. error: why there is none."""
+
+    curve: tuple[Mapping[str, Any], ...] = ()
+    error: str = ""
+    peak_mib: float | None = None
+    """Of a step on all units, above the loaded model."""
+    seconds: float = 0.0
+    commit: str = ""
+    config: Mapping[str, Scalar] = field(default_factory=dict)
+    """All keys, as they were."""
+
+    @property
+    def last(self) -> Mapping[str, Any]:
+        return self.curve[-1]
+
+
+def measure(cell: Cell) -> Outcome:
+    """Run the cell in this process, by the server's own `run` and the real ClientApp."""
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="spry-cell-") as folder:
+        run_config = {**cell.run_config, "output-dir": folder}
+        try:
+            config = RunConfig.from_flower(run_config)
+            context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=run_config)
+            run(cast(Grid, LocalGrid(cell.nodes, run_config)), context)
+        except Exception as error:  # told in the record: the other cells go on
+            kind = "" if isinstance(error, SpryError) else f"{type(error).__name__}: "
+            return Outcome(error=f"{kind}{error}", seconds=time.monotonic() - started)
+        written = Path(folder, "1")
+        lines = [json.loads(line) for line in (written / "metrics.jsonl").read_text().splitlines()]
+        peak = json.loads((written / "result.json").read_text())["peak-mib"]
+    curve = tuple({name: line[name] for name in KEPT} for line in lines)
+    return Outcome(curve, peak_mib=peak, seconds=time.monotonic() - started, config=config.flat())
+
+
+class Cells:
+    """Runs cells in `jobs` processes of one thread each, and keeps what they gave in `folder`. Close it when done.
+
+    commit: of this code, written into every record.
+    """
+
+    def __init__(self, folder: Path, jobs: int, commit: str) -> None:
+        self.folder, self.jobs, self.commit = folder, jobs, commit
+        self._pool: ProcessPoolExecutor | None = None
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def run(self, cells: Sequence[Cell], what: str) -> list[Outcome]:
+        """The outcome of every cell, in order. Finished ones are read, failed ones tried again."""
+        found = {cell.name: outcome for cell in cells if (outcome := self._read(cell)) and not outcome.error}
+        left = {cell.name: cell for cell in cells if cell.name not in found}
+        _say(f"{what}: {len(left)} runs to do, {len(found)} done before")
+        started, done = time.monotonic(), 0
+        for name, outcome in self._measured(left):
+            found[name], done = self._write(left[name], outcome), done + 1
+            _say(f"  {_told(left[name], outcome)}  ({done} of {len(left)}, {time.monotonic() - started:.0f} s)")
+        return [found[cell.name] for cell in cells]
+
+    def close(self) -> None:
+        """End the processes, and forget what has not begun."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def _measured(self, left: Mapping[str, Cell]) -> Iterator[tuple[str, Outcome]]:
+        """As they end."""
+        if not left:
+            return
+        if self._pool is None:
+            context = multiprocessing.get_context("spawn")  # Flower, PyTorch and Arrow do not survive a fork
+            self._pool = ProcessPoolExecutor(self.jobs, context, _begin, (self.folder / "log.txt",))
+        pending = {self._pool.submit(measure, cell): name for name, cell in left.items()}
+        try:
+            for ended in as_completed(pending):
+                yield pending[ended], ended.result()
+        except BrokenProcessPool as error:
+            raise SpryError(
+                f"A process that ran cells died (out of memory? see {self.folder / 'log.txt'}). Start the same "
+                "command again, with fewer --jobs: finished cells are kept."
+            ) from error
+
+    def _path(self, cell: Cell) -> Path:
+        return self.folder / f"{cell.name}.json"
+
+    def _read(self, cell: Cell) -> Outcome | None:
+        path = self._path(cell)
+        if not path.exists():
+            return None
+        told = json.loads(path.read_text())["outcome"]
+        return Outcome(**told | {"curve": tuple(told["curve"])})
+
+    def _write(self, cell: Cell, outcome: Outcome) -> Outcome:
+        outcome = Outcome(**vars(outcome) | {"commit": self.commit})
+        told = {"cell": {"nodes": cell.nodes, "run-config": dict(cell.run_config)}, "outcome": vars(outcome)}
+        path = self._path(cell)
+        half = path.with_suffix(".half")
+        half.write_text(json.dumps(told, indent=1) + "\n")
+        half.replace(path)
+        return outcome
+
+
+def _begin(log: Path) -> None:
+    """In a new process: one thread, and everything that libraries print goes into a file."""
+    torch.set_num_threads(1)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    logging.getLogger("flwr").setLevel(logging.WARNING)
+    identify()
+
+
+def _say(sentence: str) -> None:
+    print(sentence, file=sys.stderr, flush=True)
+
+
+def _told(cell: Cell, outcome: Outcome) -> str:
+    told = str(cell.run_config.get("method", "")) + f" seed {cell.run_config.get('seed', 0)}"
+    if outcome.error:
+        return f"{told} FAILED: {outcome.error.splitlines()[0]}"
+    return f"{told}  loss {outcome.last['loss'] or 0:.4f}  accuracy {outcome.last['accuracy'] or 0:.4f}  " + (
+        f"{outcome.seconds:.0f} s"
+    )

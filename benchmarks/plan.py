@@ -1,0 +1,65 @@
+"""What all runs of a comparison share, and how long they are: a variant's own keys in, a whole run config out."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from benchmarks.rows import Split, data_keys, partition_keys
+from spry_app.config import Scalar
+
+SEARCH_SEED = 1000
+"""Of all searching runs; no run of a table has it."""
+SEARCH_PART = 3
+"""A searching run has one of so many rounds."""
+TOP_BLOCKS = ",".join(f"{block}.attention.self.{name}" for block in (4, 5) for name in ("query", "value"))
+"""The upper two of MiniLM's six: what lies below is computed once for all directions of a task, not once for each."""
+METHOD_KEYS: dict[str, dict[str, Scalar]] = {
+    "spry-per-iteration": {"client.local-steps": 1},
+    "fedsgd": {"client.local-steps": 1},
+}
+"""What belongs to a method's definition but is not in its row: these talk to the server after every batch."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """shared: keys of every run, and the defaults of what variants vary. rounds: of a run with the shared number of
+    local steps; others have as many more as they take fewer, so that all see as many examples. evaluations: after
+    training has begun. nodes: over which the rows are dealt.
+    """
+
+    data: str
+    split: Split
+    alpha: str
+    nodes: int
+    clients: int
+    rounds: int
+    evaluations: int
+    shared: Mapping[str, Scalar]
+
+    def final(self, keys: Mapping[str, Scalar], seed: int) -> dict[str, Scalar]:
+        """A run for a table, scored on the evaluation file."""
+        return self._whole(keys, self.rounds, self.evaluations, seed) | data_keys(
+            self.data, self.split.train, self.split.test
+        )
+
+    def searching(self, keys: Mapping[str, Scalar]) -> dict[str, Scalar]:
+        """A short run for choosing a step size, scored once on rows of the training file."""
+        rounds = -(-self.rounds // SEARCH_PART)
+        return self._whole(keys, rounds, 1, SEARCH_SEED) | data_keys(self.data, self.split.train, self.split.choice)
+
+    def _whole(self, keys: Mapping[str, Scalar], rounds: int, evaluations: int, seed: int) -> dict[str, Scalar]:
+        method = METHOD_KEYS.get(str(keys.get("method", "")), {})
+        whole = {
+            "server.fraction-train": self.clients / self.nodes,
+            "server.min-train-nodes": self.clients,
+            **partition_keys(self.alpha),
+            **self.shared,
+            **method,
+            **keys,
+        }
+        every = round(rounds * int(self.shared["client.local-steps"]) / int(whole["client.local-steps"]) / evaluations)
+        return whole | {
+            "seed": seed,
+            "num-server-rounds": every * evaluations,
+            "server.evaluate-every": every,
+            "server.fraction-evaluate": 0.0,
+        }

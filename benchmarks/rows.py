@@ -1,0 +1,89 @@
+"""Which public data sets the accuracy benchmarks know, and how their rows are set apart for choosing step sizes. No
+row is part of the repository.
+"""
+
+import os
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from spry_app.config import Scalar
+from spry_app.errors import SpryError
+
+DATA_DIR = os.environ.get("SPRY_DATA", str(Path(__file__).parent.parent.parent / "shared" / "data"))
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """text, pair: names of the text fields. labels: classes. max_length: tokens kept. test: its evaluation file."""
+
+    text: str
+    labels: int
+    max_length: int
+    pair: str = ""
+    test: str = "validation.jsonl"
+
+
+DATA_SETS = {
+    "sst2": DataSet("sentence", 2, 32),
+    "ag_news": DataSet("text", 4, 64, test="test.jsonl"),
+    "rte": DataSet("premise", 2, 128, "hypothesis"),
+    "snli": DataSet("premise", 3, 48, "hypothesis"),
+    "mnli": DataSet("premise", 3, 64, "hypothesis"),
+    "wic": DataSet("sentence1", 2, 48, "sentence2"),
+    "boolq": DataSet("question", 2, 256, "passage"),
+    "banking77": DataSet("text", 77, 48, test="test.jsonl"),
+}
+
+
+@dataclass(frozen=True)
+class Split:
+    """Files. train: what clients get. choice: rows of the training file on which step sizes are chosen. test: the
+    evaluation file, which nothing but the final accuracies comes from.
+    """
+
+    train: Path
+    choice: Path
+    test: Path
+
+
+def split(name: str, data_dir: Path, folder: Path, train_rows: int, choice_rows: int, seed: int = 0) -> Split:
+    """Deal the training file of a data set into two files in `folder`; the evaluation file stays where it is.
+
+    train_rows: at most; 0 for all that are left. Raises SpryError where the data set is not there.
+    """
+    source, test = data_dir / name / "train.jsonl", data_dir / name / DATA_SETS[name].test
+    absent = [str(path) for path in (source, test) if not path.is_file()]
+    if absent:
+        raise SpryError(
+            f"--data {name} needs {' and '.join(absent)}; there is no such file. Say where the data sets are: "
+            "--data-dir, or the environment variable SPRY_DATA."
+        )
+    lines = source.read_text().strip().split("\n")  # a line may hold what Python takes for a break
+    random.Random(seed).shuffle(lines)
+    if choice_rows >= len(lines):
+        raise SpryError(f"--choice-rows is {choice_rows}; {source} has {len(lines)} rows, and some must be trained on.")
+    kept = lines[choice_rows:][: train_rows or None]
+    folder.mkdir(parents=True, exist_ok=True)
+    found = Split(folder / f"{name}-train-{len(kept)}.jsonl", folder / f"{name}-choice-{choice_rows}.jsonl", test)
+    for path, rows in ((found.train, kept), (found.choice, lines[:choice_rows])):
+        path.write_text("\n".join(rows) + "\n")
+    return found
+
+
+def data_keys(name: str, train: Path, test: Path) -> dict[str, Scalar]:
+    """Run-config keys of the data set."""
+    row = DATA_SETS[name]
+    return {
+        "data.source": str(train.resolve()),
+        "data.test": str(test.resolve()),
+        "data.text-field": row.text,
+        "data.text-pair-field": row.pair,
+        "data.num-labels": row.labels,
+        "data.max-length": row.max_length,
+    }
+
+
+def partition_keys(alpha: str) -> dict[str, Scalar]:
+    """alpha: "iid", or the concentration of the Dirichlet partition."""
+    return {"data.partition": "iid"} if alpha == "iid" else {"data.partition": "dirichlet", "data.alpha": float(alpha)}

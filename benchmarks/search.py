@@ -1,0 +1,142 @@
+"""The step size of a method: a short search over a logarithmic grid, the same for every method, on training data only.
+Where the rows for it come from is decided in rows.py.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarks.cells import Cell, Cells, Outcome
+from benchmarks.plan import Plan
+from spry_app.config import RunConfig, Scalar
+from spry_app.methods import get_method
+
+Keys = Mapping[str, Scalar]
+FACTOR = 3.0
+"""Between neighbours of a grid."""
+MOST_EXTENSIONS = 2
+
+
+@dataclass(frozen=True)
+class Knob:
+    """Which keys are step sizes for a kind of server step, and where their grids of four begin.
+
+    like: a method with this server step, by whose head alone the head's step size is chosen.
+    """
+
+    adapter: str
+    head: str
+    adapter_from: float
+    head_from: float
+    like: str
+
+
+_LOCAL = Knob("client.learning-rate", "client.head-learning-rate", 0.1, 0.1, "fedavg")
+_GRADIENT = Knob("server.learning-rate", "server.head-learning-rate", 0.1, 0.1, "fedsgd")
+_ADAPTIVE = Knob("server.learning-rate", "server.head-learning-rate", 3e-3, 1e-2, "fedyogi")
+KNOBS = {"average": _LOCAL, "sgd": _GRADIENT, "momentum": _GRADIENT}
+"""Server step -> its step sizes. All others are adaptive: clients then take small steps, the server large ones."""
+SMALL_STEP = 1e-2
+"""client.learning-rate where the server's step is adaptive, and so does not depend on the size of the clients'."""
+
+
+def knob_of(keys: Keys) -> Knob:
+    """Which step sizes a run has."""
+    return KNOBS.get(get_method(RunConfig.from_flower(keys)).server_optimizer, _ADAPTIVE)
+
+
+@dataclass
+class Search:
+    """One key of one cell; `tried` grows."""
+
+    name: str
+    keys: Keys
+    key: str
+    first: float
+    tried: dict[float, Outcome] = field(default_factory=dict)
+
+    def pending(self) -> list[float]:
+        """The grid; then a value beyond its end while the best lies there, MOST_EXTENSIONS times at most."""
+        if not self.tried:
+            return [_value(self.first, place) for place in range(4)]
+        extensions = len(self.tried) - 4
+        if extensions >= MOST_EXTENSIONS or not math.isfinite(_loss(self.tried[self.best])):
+            return []
+        beyond = {min(self.tried): 1 / FACTOR, max(self.tried): FACTOR}
+        return [_round(self.best * beyond[self.best])] if self.best in beyond else []
+
+    @property
+    def best(self) -> float:
+        """The value with the lowest loss on the rows set apart."""
+        return min(self.tried, key=lambda value: _loss(self.tried[value]))
+
+    def record(self) -> dict[str, Any]:
+        tried = [
+            {"value": value, "error": outcome.error}
+            if outcome.error
+            else {"value": value, "loss": outcome.last["loss"], "accuracy": outcome.last["accuracy"]}
+            for value, outcome in sorted(self.tried.items())
+        ]
+        return {"for": self.name, "key": self.key, "chosen": self.best, "tried": tried}
+
+
+def search(searches: Sequence[Search], cells: Cells, nodes: int, what: str) -> None:
+    """Fill `tried` of all of them, beside each other."""
+    while todo := [(one, value) for one in searches for value in one.pending()]:
+        found = cells.run([Cell({**one.keys, one.key: value}, nodes) for one, value in todo], what)
+        for (one, value), outcome in zip(todo, found, strict=True):
+            one.tried[value] = outcome
+
+
+@dataclass
+class Steps:
+    """Finds step sizes and remembers every search."""
+
+    cells: Cells
+    plan: Plan
+    done: list[Search] = field(default_factory=list)
+
+    def find(self, variants: Mapping[str, Keys]) -> dict[str, dict[str, Scalar]]:
+        """Name -> the variant's keys with its step sizes. The head's are found once for each kind of server step, by
+        training the head alone; then the adapter's for each variant. One whose searching runs all failed is left out.
+        """
+        knobs = {name: knob_of(keys) for name, keys in variants.items()}
+        heads = self._heads(set(knobs.values()))
+        fixed = {name: {"client.learning-rate": SMALL_STEP, **heads[knobs[name]], **variants[name]} for name in knobs}
+        adapters = [self._of(name, fixed[name], knob.adapter, knob.adapter_from) for name, knob in knobs.items()]
+        self._search(adapters, "Step sizes of the adapter")
+        return {one.name: {**fixed[one.name], one.key: one.best} for one in adapters if not one.tried[one.best].error}
+
+    def _heads(self, knobs: set[Knob]) -> dict[Knob, dict[str, Scalar]]:
+        """The clients' head first: where the server's step is adaptive, clients train their heads with it too."""
+        local = self._head(_LOCAL, {})
+        found = {_LOCAL: local}
+        for knob in sorted(knobs - {_LOCAL}, key=lambda knob: knob.like):
+            found[knob] = {**local, **self._head(knob, local)}
+        return found
+
+    def _head(self, knob: Knob, keys: Keys) -> dict[str, Scalar]:
+        alone = {**keys, "adapter.kind": "none", "method": knob.like}
+        one = self._of(f"head, {knob.like}", alone, knob.head, knob.head_from)
+        self._search([one], f"Step size of the head ({knob.like})")
+        return {knob.head: one.best}
+
+    def _of(self, name: str, keys: Keys, key: str, first: float) -> Search:
+        return Search(name, self.plan.searching(keys), key, first)
+
+    def _search(self, searches: list[Search], what: str) -> None:
+        search(searches, self.cells, self.plan.nodes, what)
+        self.done += searches
+
+
+def _loss(outcome: Outcome) -> float:
+    return math.inf if outcome.error or outcome.last["loss"] is None else float(outcome.last["loss"])
+
+
+def _value(first: float, place: int) -> float:
+    return _round(first * FACTOR**place)
+
+
+def _round(value: float) -> float:
+    return float(f"{value:.3g}")
