@@ -12,10 +12,9 @@ from spry_app.autodiff.directions import Tensors
 from spry_app.autodiff.gradients import Gradient
 from spry_app.config import RunConfig
 from spry_app.errors import SpryError
-from spry_app.methods import Deal, Method
+from spry_app.methods import Method
 from spry_app.methods.global_state import GlobalState, mean_change, merged
-from spry_app.methods.replay import HEAD, local_steps
-from spry_app.models.units import depths
+from spry_app.methods.replay import local_steps
 from spry_app.protocol import (
     EVALUATE,
     TRAIN,
@@ -28,6 +27,7 @@ from spry_app.protocol import (
     to_arrays,
 )
 from spry_app.server.checks import most_forwards, problem
+from spry_app.server.dealing import deal_out
 from spry_app.server.downlink import DOWNLINKS
 from spry_app.server.fleet import Fleet
 from spry_app.server.record import Recorder
@@ -60,7 +60,6 @@ class SpryStrategy(Strategy):
     ) -> None:
         self.config, self.method, self.units, self.recorder = config, method, units, recorder
         self.fingerprint, self.score_on_clients = fingerprint, score_on_clients
-        self.depths, self.blocks = depths(units)
         self.fleet = Fleet(config.server, fingerprint)
         self.state = GlobalState(tensors, units, method, config)
         self.downlink = DOWNLINKS[method.send](self.state)
@@ -121,30 +120,12 @@ class SpryStrategy(Strategy):
         return {name: self.update[name] for unit in units for name in self.units[unit] if name not in self.state.exact}
 
     def assign(self, memory_mib: Sequence[float], round_: int) -> list[list[str]]:
-        """The units of each client: the method's split, and the head to everyone where it is shared.
+        """The units of each client.
 
         memory_mib: what a training step may take on each client, 0.0 where it has not said. Raises SpryError where a
         method of the user's own deals out what there is not.
         """
-        shared = [HEAD] if self.config.head == "shared" and HEAD in self.units else []
-        dealt = tuple(unit for unit in self.units if unit not in shared)
-        values = self.state.optimizer.tensors
-        deal = Deal(
-            units=dealt,
-            depths=tuple(self.depths[unit] for unit in dealt),
-            sizes=tuple(sum(values[name].numel() for name in self.units[unit]) for unit in dealt),
-            blocks=self.blocks,
-            memory_mib=tuple(memory_mib),
-            round=round_,
-        )
-        hands = self.method.assign(deal)
-        unknown = sorted({unit for hand in hands for unit in hand} - set(dealt))
-        if len(hands) != deal.clients or unknown:
-            raise SpryError(
-                f"`assign` of method={self.config.method!r} made {len(hands)} hands for {deal.clients} clients, with "
-                f"unknown units {unknown}; it must make one hand a client, of deal.units."
-            )
-        return [[*hand, *shared] for hand in hands]
+        return deal_out(self.config, self.method, self.units, self.state.optimizer.tensors, memory_mib, round_)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
