@@ -71,6 +71,26 @@ def run_command(
     raise typer.Exit(status)
 
 
+@app.command("rebuild")
+def rebuild_command(
+    log: Annotated[Path, typer.Argument(help="slopes.jsonl of a run.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write the adapter into.")] = Path("adapter"),
+    model: Annotated[str, typer.Option(help="Local copy of the base model, in place of the run's model.name.")] = "",
+) -> None:
+    """Rebuild a run's adapter from the scalars its clients sent.
+
+    Exit status: 0 if the result is, to the bit, what the server had, else 2.
+    """
+    from spry_app.server.rebuild import rebuild
+
+    try:
+        round_ = rebuild(log, output, model)
+    except SpryError as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(2) from None
+    print(f"The adapter after round {round_} is in {output}")
+
+
 def main() -> None:
     """Entry point of the console script."""
     app()

@@ -189,6 +189,9 @@ class RunConfig(_Section):
     assign: Literal["", "every-unit", "cyclic", "by-depth"] = ""
     """Which client trains which units: all of them, dealt like cards (SPRY), or bands of neighbours with the upper ones
     for the nodes that state the least memory. Empty for the method's own."""
+    send: Literal["", "weights", "log"] = ""
+    """What travels down in a method whose clients reply with slopes: every tensor, or the slopes of the rounds that a
+    client has missed, from which it rebuilds them. Empty for the method's own."""
     head: Literal["shared", "split"] = "shared"
     """The classification head goes to every client, or is dealt like any other unit."""
     head_gradient: Literal["exact", "forward"] = "exact"

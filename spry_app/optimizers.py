@@ -115,6 +115,23 @@ class NamedOptimizer:
             self._params[name].grad = value
         self._optimizer.step()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Moments and step counts, as torch.optim has them."""
-        return self._optimizer.state_dict()
+    @property
+    def moments(self) -> Tensors:
+        """What the rule remembers besides, as "kind/name of the tensor"; nothing for a rule without memory."""
+        return {
+            f"{kind}/{name}": value
+            for name, param in self._params.items()
+            for kind, value in self._optimizer.state.get(param, {}).items()
+            if isinstance(value, Tensor)
+        }
+
+    def load(self, tensors: Mapping[str, Tensor], moments: Mapping[str, Tensor] | None = None) -> None:
+        """Copy values of some tensors and, if given, all that the rule remembers."""
+        for name, value in tensors.items():
+            self._params[name].data.copy_(value)
+        if moments is None:
+            return
+        self._optimizer.state.clear()
+        for key, value in moments.items():
+            kind, _, name = key.partition("/")
+            self._optimizer.state[self._params[name]][kind] = value.clone()

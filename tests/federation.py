@@ -107,10 +107,13 @@ class Federation:
 
     def start(self, clients: int, rounds: int | None = None, **grid: Any) -> LocalGrid:
         local = LocalGrid(clients, self.run_config, **grid)
+        self.run(local, rounds or self.config.num_server_rounds)
+        return local
+
+    def run(self, grid: LocalGrid, rounds: int) -> None:
         self.strategy.start(
-            local,  # type: ignore[arg-type]
+            grid,  # type: ignore[arg-type]
             to_arrays(self.strategy.snapshot()),
-            num_rounds=rounds or self.config.num_server_rounds,
+            num_rounds=rounds,
             evaluate_fn=lambda round_, arrays: end_round(self.config, self.recorder, arrays, None),
         )
-        return local

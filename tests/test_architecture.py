@@ -13,17 +13,19 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "config": {"errors"},
     "autodiff": set(),
-    "protocol": {"errors"},
+    "slope_log": {"errors"},
+    "protocol": {"errors", "slope_log"},
     "optimizers": {"autodiff"},
     "models": LEAVES | {"autodiff"},
     "data": LEAVES,
     "tasks": LEAVES,
-    "methods": LEAVES | {"autodiff", "optimizers"},
+    "methods": LEAVES | {"autodiff", "optimizers", "slope_log"},
     "objectives": {"autodiff", "models", "protocol", "tasks"},
     "client": LEAVES | {"autodiff", "data", "methods", "models", "objectives", "optimizers", "protocol", "tasks"},
-    "server": LEAVES | {"autodiff", "data", "methods", "models", "objectives", "optimizers", "protocol", "tasks"},
+    "server": LEAVES
+    | {"autodiff", "data", "methods", "models", "objectives", "optimizers", "protocol", "slope_log", "tasks"},
     "launcher": LEAVES,
-    "cli": LEAVES | {"launcher"},
+    "cli": LEAVES | {"launcher", "server"},
 }
 MAY_IMPORT_FLOWER = {"protocol", "client", "server", "launcher", "data"}
 FORBIDDEN_NAMES = {"utils", "common", "helpers", "core", "misc"}

@@ -76,6 +76,7 @@ def test_what_lies_above_all_blocks_has_no_suffix() -> None:
         ({"method": "fedfgd", "head-gradient": "forward"}, 2 + 4),
         ({"method": "fedmezo"}, 8 + 1),
         ({"method": "baffle"}, 5 + 1),
+        ({"method": "decomfl"}, 5 + 1),
         ({"method": "fwdllm", "client.variance-threshold": 0.0}, 8 + 1),
         ({"method": "fwdllm", "client.variance-threshold": 1e9}, 2 * 2 + 1),  # two directions always
         ({"method": "fedavg"}, 2),

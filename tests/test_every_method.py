@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from federation import Federation, same, tiny_run
+from federation import Federation, LocalGrid, same, tiny_run
 from flwr.app import ArrayRecord, Message
+from flwr.common.serde import recorddict_to_proto
 
 from spry_app.methods import METHODS
 
@@ -36,6 +37,51 @@ def test_a_federation_learns(method: str, run_config: dict, tmp_path: Path) -> N
     losses = [line.train_loss for line in federation.recorder.rounds[1:]]
     assert sum(losses[-3:]) < 0.6 * sum(losses[:3])
     assert federation.recorder.rounds[-1].accuracy > 0.8
+
+
+class Scale(LocalGrid):
+    """Weighs what passes: bytes, numbers in tensors, and scalars, to the clients and from them."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.weighed = {"down": [0, 0, 0], "up": [0, 0, 0]}
+
+    def send_and_receive(self, messages: Any, timeout: float | None = None) -> Any:
+        messages = list(messages)
+        replies = list(super().send_and_receive(messages, timeout))
+        if messages and messages[0].metadata.message_type == "train":
+            for way, found in (("down", messages), ("up", replies)):
+                for message in found:
+                    scalars = message.content.get("log" if way == "down" else "metrics", {}).get("slopes", [])
+                    arrays = message.content["arrays"].to_torch_state_dict().values()
+                    numbers = (recorddict_to_proto(message.content).ByteSize(), sum(a.numel() for a in arrays))
+                    self.weighed[way] = [
+                        a + b for a, b in zip(self.weighed[way], (*numbers, len(scalars)), strict=True)
+                    ]
+        return replies
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_travels_is_what_was_counted_by_hand(method: str, run_config: dict, tmp_path: Path) -> None:
+    """Two rounds of two steps of two directions. Up: the numbers that a client trains, or the head and its scalars.
+
+    Down: all numbers, or the head and, in the second round, the scalars of the first: one set a client, or one in all.
+    """
+    row, rounds = METHODS[method], 2
+    federation = Federation(tmp_path, run_config | {"method": method, "server.fraction-evaluate": 0.0})
+    grid = Scale(CLIENTS, federation.run_config)
+    federation.run(grid, rounds)
+    tensors, units = federation.strategy.snapshot(), federation.strategy.units
+    size = {unit: sum(tensors[name].numel() for name in names) for unit, names in units.items()}
+    hands = [hand for r in (1, 2) for hand in federation.strategy.assign([0.0] * CLIENTS, r)]
+    scalars = 2 * 2 if row.reply == "slopes" else 0
+    trained = sum(size["head"] if scalars else sum(size[unit] for unit in hand) for hand in hands)
+    logged = scalars * CLIENTS * (1 if row.seeds == "own" else 1 / CLIENTS) if row.send == "log" else 0
+    sent = rounds * CLIENTS * (size["head"] if row.send == "log" else sum(size.values()))
+    assert grid.weighed["up"][1:] == [trained, rounds * CLIENTS * scalars]
+    assert grid.weighed["down"][1:] == [sent, CLIENTS * logged]
+    line = federation.recorder.rounds[-1]
+    assert [line.mib_down * 2**20, line.mib_up * 2**20] == [grid.weighed["down"][0], grid.weighed["up"][0]]
 
 
 def failing(partition: int, reply: Message) -> Message | None:

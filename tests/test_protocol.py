@@ -55,13 +55,13 @@ def test_a_reply_arrives_as_it_was_sent(personal: Score | None, slopes: tuple) -
 
 
 def test_the_largest_seed_and_partition_survive() -> None:
-    introduction = Introduction(2**31, "x", 1, 0, memory_mib=1e9)
+    introduction = Introduction(2**31, "x", 1, 0, "d", memory_mib=1e9)
     assert Introduction.from_message(wire(introduction.to_message(introduction_request(1, "x")))) == introduction
 
 
 @pytest.mark.parametrize("memory", [math.nan, math.inf, -1.0])
 def test_an_impossible_memory_is_refused(memory: float) -> None:
-    message = Introduction(0, "x", 1, 0, memory_mib=memory).to_message(introduction_request(1, "x"))
+    message = Introduction(0, "x", 1, 0, "d", memory_mib=memory).to_message(introduction_request(1, "x"))
     with pytest.raises(MalformedReply, match="an impossible memory"):
         Introduction.from_message(wire(message))
 

@@ -50,7 +50,10 @@ def test_the_server_rebuilds_bit_for_bit_the_update_that_the_client_measured(
         strategy, seen = federation.strategy, {}
 
         def watch(accepted: list, strategy: Any = strategy, seen: dict = seen) -> dict:
-            seen.update({task.client: strategy.trained(task, reply) for task, reply in accepted})
+            for task, reply in accepted:
+                seen[task.client] = reply.tensors
+            for measured in strategy.entry(1, accepted).measured:
+                seen[measured.client] |= strategy.state.trained(measured, 1)[1]
             return type(strategy).pseudo_gradient(strategy, accepted)
 
         strategy.pseudo_gradient = watch
@@ -115,15 +118,15 @@ def test_a_unit_that_nobody_returned_stays_as_it_was_with_its_moments(run_config
         return None
 
     moments = {
-        name: {key: value.clone() for key, value in federation.strategy.optimizer._optimizer.state[param].items()}
-        for name, param in federation.strategy.optimizer._params.items()
+        name: {key: value.clone() for key, value in federation.strategy.state.optimizer._optimizer.state[param].items()}
+        for name, param in federation.strategy.state.optimizer._params.items()
     }
     federation.start(CLIENTS, rounds=1, tamper=lose)
     kept = lost - {name for task in list(federation.strategy.tasks.values())[1:] for name in asked(federation, task)}
     after = federation.strategy.snapshot()
     assert kept
     for name in after:
-        state = federation.strategy.optimizer._optimizer.state[federation.strategy.optimizer._params[name]]
+        state = federation.strategy.state.optimizer._optimizer.state[federation.strategy.state.optimizer._params[name]]
         unchanged = torch.equal(after[name], before[name])
         assert unchanged == (name in kept)
         assert all(torch.equal(state[key], moments[name][key]) for key in state) == (name in kept)
@@ -161,7 +164,7 @@ def test_a_client_starts_from_the_tensors_it_is_sent(run_config: dict, tmp_path:
         seen[partition] = from_arrays(reply.content["arrays"])
         return reply
 
-    for name, param in federation.strategy.optimizer._params.items():
+    for name, param in federation.strategy.state.optimizer._params.items():
         param.data.copy_(far[name])
     federation.start(CLIENTS, rounds=1, tamper=watch)
     for tensors in seen.values():

@@ -1,10 +1,12 @@
 """From a message to its reply. A SpryError becomes a refusal that the server shows; our own mistakes still raise."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
 from flwr.app import Context, Message, RecordDict
 
+from spry_app.client.catch_up import tensors_of
 from spry_app.client.node import Node, load_node
 from spry_app.client.slicing import most_at_once, slices_of
 from spry_app.client.training import train as train_node
@@ -12,6 +14,7 @@ from spry_app.client.trust import check_gradient
 from spry_app.config import RunConfig
 from spry_app.errors import SpryError
 from spry_app.methods import Method, get_method
+from spry_app.methods.global_state import digest
 from spry_app.objectives import score
 from spry_app.protocol import Introduction, Score, Task, TrainReply, expected_fingerprint, refusal
 
@@ -39,17 +42,26 @@ def _answer(work: Work) -> Answer:
 @_answer
 def introduce(node: Node, message: Message, method: Method, config: RunConfig, state: RecordDict) -> Introduction:
     slices_of(node, method, config, state)  # a budget that is too small is refused before the first round
-    return Introduction(node.partition, node.adapted.fingerprint, len(node.train), len(node.heldout), node.memory_mib)
+    return Introduction(
+        partition=node.partition,
+        fingerprint=node.adapted.fingerprint,
+        examples=len(node.train),
+        heldout=len(node.heldout),
+        digest=digest(node.start),
+        memory_mib=node.memory_mib,
+    )
 
 
 @_answer
 def train(node: Node, message: Message, method: Method, config: RunConfig, state: RecordDict) -> TrainReply:
-    return train_node(node, Task.from_message(message), method, config, slices_of(node, method, config, state))
+    task = Task.from_message(message)
+    task = dataclasses.replace(task, tensors=tensors_of(task, node, method, config, state))
+    return train_node(node, task, method, config, slices_of(node, method, config, state))
 
 
 @_answer
 def evaluate(node: Node, message: Message, method: Method, config: RunConfig, state: RecordDict) -> Score:
-    node.adapted.load_tensors(Task.from_message(message).tensors)
+    node.adapted.load_tensors(tensors_of(Task.from_message(message), node, method, config, state))
     return score(node.adapted, node.heldout, config.client.batch_size)
 
 

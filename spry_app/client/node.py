@@ -5,7 +5,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from spry_app.config import RunConfig
+from spry_app.autodiff.directions import Tensors
+from spry_app.config import AdapterConfig, ModelConfig, RunConfig
 from spry_app.data import label_names, load_shard
 from spry_app.errors import SpryError
 from spry_app.models import AdaptedModel, load_model
@@ -17,13 +18,15 @@ from spry_app.tasks.classification import Encoded
 class Node:
     """A model and one shard of rows, ready to work.
 
-    partition: number of the shard, -1 where the node has its own file. memory_mib: what a training step may take on
-    this machine above the loaded model, 0.0 where the node config does not say.
+    start: the trainable tensors before all training. partition: number of the shard, -1 where the node has its own
+    file. memory_mib: what a training step may take on this machine above the loaded model, 0.0 where the node config
+    does not say.
     """
 
     adapted: AdaptedModel
     train: Encoded
     heldout: Encoded
+    start: Tensors
     partition: int
     memory_mib: float = 0.0
 
@@ -58,13 +61,19 @@ def _memory_mib(node_config: Mapping[str, bool | float | int | str]) -> float:
     return float(stated)
 
 
-_load_model = functools.lru_cache(maxsize=1)(load_model)
+@functools.lru_cache(maxsize=1)
+def _load_model(
+    model: ModelConfig, adapter: AdapterConfig, labels: int, seed: int, path: str
+) -> tuple[AdaptedModel, Tensors]:
+    """The model, which nodes in one process share, and its tensors as they were then."""
+    adapted = load_model(model, adapter, labels, seed, path)
+    return adapted, adapted.tensors()
 
 
 @functools.lru_cache(maxsize=1024)
 def _load_node(config: RunConfig, path: str, file: str, index: int, count: int, memory_mib: float) -> Node:
     labels = len(label_names(config.data))
-    adapted = _load_model(config.model, config.adapter, labels, config.seed, path)
+    adapted, start = _load_model(config.model, config.adapter, labels, config.seed, path)
     shard = load_shard(config.data, config.seed, index, count, file)
     encode = functools.partial(classification.encode, tokenizer=adapted.tokenizer, max_length=config.data.max_length)
-    return Node(adapted, encode(shard.train), encode(shard.heldout), index, memory_mib)
+    return Node(adapted, encode(shard.train), encode(shard.heldout), start, index, memory_mib)

@@ -5,7 +5,7 @@ import difflib
 from importlib import import_module
 from typing import Any
 
-from spry_app.autodiff.gradients import GRADIENTS, central
+from spry_app.autodiff.gradients import GRADIENTS, central, one_sided
 from spry_app.config import RunConfig
 from spry_app.errors import SpryError
 from spry_app.methods.assignment import ASSIGNMENTS, Deal, cyclic_split
@@ -19,7 +19,7 @@ _SPRY, _FEDAVG, _FEDYOGI = "SPRY, arXiv:2405.15551", "FedAvg, arXiv:1602.05629",
 METHODS: dict[str, Method] = {
     "spry": Method(gradient=_FORWARD, assign=cyclic_split, server_optimizer="yogi", paper=_SPRY),
     "spry-per-iteration": Method(
-        gradient=_FORWARD, assign=cyclic_split, reply="slopes", server_optimizer="yogi", paper=_SPRY
+        gradient=_FORWARD, assign=cyclic_split, reply="slopes", send="log", server_optimizer="yogi", paper=_SPRY
     ),
     "fedfgd": Method(gradient=_FORWARD, server_optimizer="yogi", paper=f"FedFGD, without the split of {_SPRY}"),
     "fedavg": Method(gradient=_BACKPROP, paper=_FEDAVG),
@@ -40,23 +40,32 @@ METHODS: dict[str, Method] = {
     "fwdllm": Method(gradient=central(1e-2), pick=NEAREST, paper="FwdLLM, arXiv:2308.13894"),
     # Our reading: normal directions and the h that goes with them, where the paper draws unit vectors.
     "fedzo": Method(gradient=_ONE_SIDED, paper="FedZO, arXiv:2201.09531"),
+    "decomfl": Method(
+        gradient=one_sided(1e-3), reply="slopes", send="log", seeds="shared", paper="DeComFL, arXiv:2405.15861"
+    ),
 }
 
 
 def get_method(config: RunConfig) -> Method:
-    """The Method of a run: `method` names it; `gradient`, `assign` and `server.optimizer` replace choices of it."""
-    changes: dict[str, Any] = {}
-    if config.gradient:
-        changes["gradient"] = GRADIENTS[config.gradient]
-    if config.assign:
-        changes["assign"] = ASSIGNMENTS[config.assign]
-    if config.server.optimizer:
-        changes["server_optimizer"] = config.server.optimizer
+    """The Method of a run: `method` names it; `gradient`, `assign`, `send` and `server.optimizer` replace choices."""
+    choices: dict[str, tuple[str, Any]] = {
+        "gradient": (config.gradient, GRADIENTS.get(config.gradient)),
+        "assign": (config.assign, ASSIGNMENTS.get(config.assign)),
+        "send": (config.send, config.send),
+        "server_optimizer": (config.server.optimizer, config.server.optimizer),
+    }
+    changes = {field: value for field, (key, value) in choices.items() if key}
     try:
-        return dataclasses.replace(_find(config.method), **changes)
+        method = dataclasses.replace(_find(config.method), **changes)
     except ValueError as error:
-        keys = f"gradient={config.gradient!r} and server.optimizer={config.server.optimizer!r}"
+        keys = f"gradient={config.gradient!r}, send={config.send!r} and server.optimizer={config.server.optimizer!r}"
         raise SpryError(f"method={config.method!r} with {keys}: {error}") from None
+    if method.seeds == "shared" and config.client.optimizer != "sgd":
+        raise SpryError(
+            f"client.optimizer={config.client.optimizer!r}: method={config.method!r} averages what clients measured "
+            'along shared directions, which stands for the mean of their steps only with client.optimizer="sgd".'
+        )
+    return method
 
 
 def _find(name: str) -> Method:

@@ -18,6 +18,10 @@ class Method:
     assign: which client trains which units.
     reply: what travels up: "weights" of the trained units after local training; only the "slopes" (scalars), from
         which the server repeats the client's steps; or the "gradient" of the units, with no step on the client.
+    send: what travels down: "weights", or the slope "log" of the rounds that a client has missed, from which it
+        repeats the server's steps.
+    seeds: each client draws directions of its "own", or all clients of a round "shared" ones, so that their scalars can
+        be averaged.
     server_optimizer: key of optimizers.SERVER_OPTIMIZERS.
     paper: where the method comes from.
     """
@@ -26,6 +30,8 @@ class Method:
     pick: Pick = FIRST
     assign: Assign = every_unit
     reply: Literal["weights", "slopes", "gradient"] = "weights"
+    send: Literal["weights", "log"] = "weights"
+    seeds: Literal["own", "shared"] = "own"
     server_optimizer: str = "average"
     paper: str
 
@@ -33,6 +39,11 @@ class Method:
         if self.reply == "slopes" and self.gradient.slopes is None:
             raise ValueError(
                 f'reply="slopes" needs a gradient made of slopes; {self.gradient.name} has none: use "weights".'
+            )
+        if self.reply != "slopes" and (self.send, self.seeds) != ("weights", "own"):
+            raise ValueError(
+                f'send={self.send!r} with seeds={self.seeds!r} needs reply="slopes", as only scalars can be logged and '
+                f'averaged along shared directions; got reply={self.reply!r}: use send="weights" and seeds="own".'
             )
         if self.pick.needs_update and (self.gradient.slopes is None or self.reply == "slopes"):
             raise ValueError(

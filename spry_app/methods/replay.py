@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from spry_app.autodiff.directions import Seed, Tensors
 from spry_app.autodiff.gradients import Gradient
-from spry_app.config import ClientConfig
+from spry_app.config import ClientConfig, RunConfig
 from spry_app.methods.method import Method
 from spry_app.optimizers import CLIENT_OPTIMIZERS, NamedOptimizer, Rule
 
@@ -29,6 +29,11 @@ def local_steps(method: Method, config: ClientConfig) -> int:
 def exact_names(units: Mapping[str, Sequence[str]], method: Method, head_gradient: str) -> set[str]:
     """Tensors whose gradient is exact although the method uses slopes: they travel as they are, never as scalars."""
     return set(units.get(HEAD, ())) if method.gradient.slopes and head_gradient == "exact" else set()
+
+
+def seed_of(method: Method, config: RunConfig, round_: int, client: int) -> Seed:
+    """Of a client's first local step: its own, or the same for all clients of the round."""
+    return Seed(run=config.seed, round=round_, client=0 if method.seeds == "shared" else client, step=0)
 
 
 def replay(optimizer: NamedOptimizer, slopes: Sequence[Sequence[float]], seed: Seed, gradient: Gradient) -> Tensors:

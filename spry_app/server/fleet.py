@@ -52,6 +52,10 @@ class Fleet:
         """What a training step may take on each of these available nodes, MiB; 0.0 where it has not said."""
         return [self._introductions[node].memory_mib for node in nodes]
 
+    def digest(self, node: int) -> str:
+        """Of the tensors that this available node starts from."""
+        return self._introductions[node].digest
+
     def _wait(self, grid: Grid, needed: int) -> list[int]:
         deadline = time.monotonic() + self._config.wait_timeout_s
         while True:

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from logging import INFO
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 from flwr.common.logger import log
 
 from spry_app.config import RunConfig
-from spry_app.protocol import Score
+from spry_app.protocol import Score, Tensors
+from spry_app.slope_log import Entry, SlopeLog
 
 MIB = 2**20
 
@@ -52,7 +54,9 @@ class Recorder:
 
     def __init__(self, folder: Path, config: RunConfig) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(config.flat(), indent=2) + "\n")
+        self.folder, self._flat = folder, config.flat()
+        (folder / "config.json").write_text(json.dumps(self._flat, indent=2) + "\n")
+        self._slopes: SlopeLog | None = None
         self.metrics_path = folder / "metrics.jsonl"
         self.rounds: list[Round] = []
         self._total = config.num_server_rounds
@@ -63,6 +67,18 @@ class Recorder:
         self.score: Score | None = None
         self.stopped = ""
         """Why the run ends before its last round, once that is decided (stopping.py)."""
+
+    def log_slopes(self, units: Mapping[str, Sequence[str]], fingerprint: str, digest: str) -> None:
+        """From now on rounds have slopes to be kept. digest: of the tensors before the first of them."""
+        self._slopes = SlopeLog(
+            self.folder / "slopes.jsonl",
+            {"config": self._flat, "units": list(units), "fingerprint": fingerprint, "digest": digest},
+        )
+
+    def slopes(self, entry: Entry, digest: str, exact: Tensors) -> None:
+        """What a round's scalars were, and the present values of what no scalar stands for."""
+        if self._slopes is not None:
+            self._slopes.append(entry, digest, exact)
 
     def begin(self, round_: int) -> None:
         self.current, self.score = Round(round_, self._total), None

@@ -8,16 +8,16 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from spry_app.autodiff.directions import Seed, Tensors
+from spry_app.autodiff.directions import Tensors
 from spry_app.autodiff.gradients import Gradient
 from spry_app.config import RunConfig
 from spry_app.errors import SpryError
-from spry_app.methods import Deal, Method
-from spry_app.methods.replay import HEAD, exact_names, local_optimizer, local_steps, replay
-from spry_app.models.units import depths
-from spry_app.optimizers import SERVER_OPTIMIZERS, NamedOptimizer, Rule
+from spry_app.methods import Method
+from spry_app.methods.global_state import GlobalState, mean_change, merged
+from spry_app.methods.replay import local_steps
 from spry_app.protocol import (
     EVALUATE,
+    TRAIN,
     MalformedReply,
     Score,
     Task,
@@ -27,9 +27,12 @@ from spry_app.protocol import (
     to_arrays,
 )
 from spry_app.server.checks import most_forwards, problem
+from spry_app.server.dealing import deal_out
+from spry_app.server.downlink import DOWNLINKS
 from spry_app.server.fleet import Fleet
 from spry_app.server.record import Recorder
 from spry_app.server.stopping import decide
+from spry_app.slope_log import Entry
 
 MOST_BARREN_ROUNDS = 3
 """Rounds in a row without a usable reply after which the run ends."""
@@ -57,15 +60,11 @@ class SpryStrategy(Strategy):
     ) -> None:
         self.config, self.method, self.units, self.recorder = config, method, units, recorder
         self.fingerprint, self.score_on_clients = fingerprint, score_on_clients
-        self.depths, self.blocks = depths(units)
-        self.exact = exact_names(units, method, config.head_gradient)
         self.fleet = Fleet(config.server, fingerprint)
-        server = config.server
-        rule = Rule(method.server_optimizer, server.learning_rate, 0.0, server.beta1, server.beta2, server.tau)
-        head_rate = server.head_learning_rate or server.learning_rate
-        self.optimizer = NamedOptimizer(
-            tensors, SERVER_OPTIMIZERS, rule, {name: head_rate for name in units.get(HEAD, ())}
-        )
+        self.state = GlobalState(tensors, units, method, config)
+        self.downlink = DOWNLINKS[method.send](self.state)
+        if method.reply == "slopes":
+            recorder.log_slopes(units, fingerprint, self.state.digest())
         self.update: Tensors = {}
         """How the last round with a usable reply changed the tensors."""
         self.tasks: dict[int, Task] = {}
@@ -73,7 +72,7 @@ class SpryStrategy(Strategy):
 
     def snapshot(self) -> Tensors:
         """Copies of the current tensors."""
-        return {name: value.clone() for name, value in self.optimizer.tensors.items()}
+        return self.state.tensors
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -103,8 +102,14 @@ class SpryStrategy(Strategy):
             )
             for index, (node, units) in enumerate(zip(clients, hands, strict=True))
         }
-        messages = [task.to_message(node) for node, task in self.tasks.items()]
-        self.recorder.current.asked = len(messages)
+        self.recorder.current.asked = len(self.tasks)
+        return self._messages(self.tasks, TRAIN)
+
+    def _messages(self, tasks: dict[int, Task], message_type: str) -> list[Message]:
+        """One a node, counted."""
+        for node in tasks:
+            self.downlink.met(node, self.fleet.digest(node))
+        messages = [self.downlink.outgoing(node, task).to_message(node, message_type) for node, task in tasks.items()]
         self.recorder.sent(sum(map(size_bytes, messages)))
         return messages
 
@@ -112,32 +117,15 @@ class SpryStrategy(Strategy):
         """What the method needs of the last update to choose directions for these units; nothing in the first round."""
         if not (self.method.pick.needs_update and self.update):
             return {}
-        return {name: self.update[name] for unit in units for name in self.units[unit] if name not in self.exact}
+        return {name: self.update[name] for unit in units for name in self.units[unit] if name not in self.state.exact}
 
     def assign(self, memory_mib: Sequence[float], round_: int) -> list[list[str]]:
-        """The units of each client: the method's split, and the head to everyone where it is shared.
+        """The units of each client.
 
         memory_mib: what a training step may take on each client, 0.0 where it has not said. Raises SpryError where a
         method of the user's own deals out what there is not.
         """
-        shared = [HEAD] if self.config.head == "shared" and HEAD in self.units else []
-        dealt = tuple(unit for unit in self.units if unit not in shared)
-        deal = Deal(
-            units=dealt,
-            depths=tuple(self.depths[unit] for unit in dealt),
-            sizes=tuple(sum(self.optimizer.tensors[name].numel() for name in self.units[unit]) for unit in dealt),
-            blocks=self.blocks,
-            memory_mib=tuple(memory_mib),
-            round=round_,
-        )
-        hands = self.method.assign(deal)
-        unknown = sorted({unit for hand in hands for unit in hand} - set(dealt))
-        if len(hands) != deal.clients or unknown:
-            raise SpryError(
-                f"`assign` of method={self.config.method!r} made {len(hands)} hands for {deal.clients} clients, with "
-                f"unknown units {unknown}; it must make one hand a client, of deal.units."
-            )
-        return [[*hand, *shared] for hand in hands]
+        return deal_out(self.config, self.method, self.units, self.state.optimizer.tensors, memory_mib, round_)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -161,33 +149,39 @@ class SpryStrategy(Strategy):
         if personal:
             now.personalised_accuracy = sum(s.correct for s in personal) / sum(s.examples for s in personal)
         before = self.snapshot()
-        self.optimizer.step(self.pseudo_gradient(accepted))
-        self.update = {name: value - before[name] for name, value in self.optimizer.tensors.items()}
-        return to_arrays(self.snapshot()), MetricRecord({"train-loss": now.train_loss})
+        entry = self.entry(server_round, accepted)
+        self.state.step(server_round, self.pseudo_gradient(accepted))
+        after = self.snapshot()
+        self.update = {name: value - before[name] for name, value in after.items()}
+        self.downlink.append(entry)
+        if self.method.reply == "slopes":
+            exact = {name: after[name] for name in sorted(self.state.exact)}
+            self.recorder.slopes(entry, self.state.digest(), exact)
+        return to_arrays(after), MetricRecord({"train-loss": now.train_loss})
 
     def pseudo_gradient(self, accepted: list[tuple[Task, TrainReply]]) -> Tensors:
-        """Per tensor, the mean of the clients' changes (`change`) over those that trained it, weighted by examples."""
-        total: Tensors = {}
-        weight: dict[str, int] = {}
-        for task, reply in accepted:
-            for name, value in self.change(task, reply).items():
-                change = value * reply.examples
-                total[name] = total[name] + change if name in total else change
-                weight[name] = weight.get(name, 0) + reply.examples
-        return {name: value / weight[name] for name, value in total.items()}
+        """Per tensor, the mean of the clients' changes over those that trained it, weighted by examples.
+
+        A Strategy that makes it otherwise needs send="weights": clients that follow the slope log would not know.
+        """
+        as_they_are = mean_change((self.change(task, reply), reply.examples) for task, reply in accepted)
+        round_ = max(task.round for task, _ in accepted)
+        return as_they_are | self.state.change(self.entry(round_, accepted))
+
+    def entry(self, round_: int, accepted: list[tuple[Task, TrainReply]]) -> Entry:
+        """What was measured in the round; nothing where no scalars came."""
+        measured = [
+            self.state.measured(task.client, task.units, reply.examples, reply.slopes)
+            for task, reply in accepted
+            if reply.slopes
+        ]
+        return Entry(round_, merged(measured))
 
     def change(self, task: Task, reply: TrainReply) -> Tensors:
-        """What one client asks for: its gradient, or (value sent - value after its training)."""
+        """What one client asks for by tensors: its gradient, or (value sent - value after its training)."""
         if self.method.reply == "gradient":
             return reply.tensors
-        return {name: task.tensors[name] - value for name, value in self.trained(task, reply).items()}
-
-    def trained(self, task: Task, reply: TrainReply) -> Tensors:
-        """The client's tensors after its training: as sent, and the others rebuilt from its slopes."""
-        seed = Seed(run=self.config.seed, round=task.round, client=task.client, step=0)
-        replayed = {name: value for name, value in self.asked(task).items() if name not in reply.tensors}
-        optimizer = local_optimizer(replayed, self.units, self.config.client)
-        return reply.tensors | replay(optimizer, reply.slopes, seed, self.gradient(task))
+        return {name: task.tensors[name] - value for name, value in reply.tensors.items()}
 
     def gradient(self, task: Task) -> Gradient:
         """The client's way to a gradient: the method's, along the directions picked for this task."""
@@ -205,7 +199,8 @@ class SpryStrategy(Strategy):
             self.recorder.received(size_bytes(message))
             task = self.tasks.get(node)
             try:
-                reply = self._read(message, task)
+                self._check(message)
+                reply = TrainReply.from_message(message)
                 reason = self.problem(reply, task) if task else "it was not asked"
             except MalformedReply as error:
                 reason = str(error)
@@ -220,21 +215,22 @@ class SpryStrategy(Strategy):
     def problem(self, reply: TrainReply, task: Task) -> str:
         """Why a reply cannot be averaged; empty if it can."""
         asked = self.asked(task)
-        as_they_are = asked.keys() & self.exact if self.method.reply == "slopes" else asked.keys()
+        as_they_are = asked.keys() & self.state.exact if self.method.reply == "slopes" else asked.keys()
         scalars = asked.keys() - as_they_are
         steps = local_steps(self.method, self.config.client) if scalars else 0
         tensors = {name: asked[name] for name in as_they_are}
         directions = self.config.client.directions
         return problem(reply, tensors, steps, directions, most_forwards(self.gradient(task), directions))
 
-    @staticmethod
-    def _read(message: Message, task: Task | None) -> TrainReply:
-        if message.has_error():
-            raise MalformedReply(message.error.reason or f"Flower error {message.error.code}")
-        reason = refusal_reason(message)
+    def _check(self, message: Message) -> None:
+        """Whether the node has followed and answered. Raises MalformedReply."""
+        node = message.metadata.src_node_id
+        reason = message.error.reason or f"Flower error {message.error.code}" if message.has_error() else ""
+        reason = reason or refusal_reason(message)
         if reason:
+            self.downlink.lost(node)
             raise MalformedReply(reason)
-        return TrainReply.from_message(message)
+        self.downlink.followed(node)
 
     # -- evaluation on clients -----------------------------------------------------------------------------------
 
@@ -249,14 +245,11 @@ class SpryStrategy(Strategy):
         nodes = self.fleet.available(grid)
         nodes = self.fleet.sample(nodes, server.fraction_evaluate, 1, (self.config.seed, server_round, 1))
         tensors = self.snapshot()
-        messages = [
-            Task(round=server_round, client=index, tensors=tensors, units=(), fingerprint=self.fingerprint).to_message(
-                node, EVALUATE
-            )
+        tasks = {
+            node: Task(round=server_round, client=index, tensors=tensors, units=(), fingerprint=self.fingerprint)
             for index, node in enumerate(nodes)
-        ]
-        self.recorder.sent(sum(map(size_bytes, messages)))
-        return messages
+        }
+        return self._messages(tasks, EVALUATE)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Sum the clients' scores into the round's."""
@@ -264,8 +257,8 @@ class SpryStrategy(Strategy):
         for message in replies:
             self.recorder.received(size_bytes(message))
             try:
-                if not (message.has_error() or refusal_reason(message)):
-                    total += Score.from_message(message)
+                self._check(message)
+                total += Score.from_message(message)
             except MalformedReply as error:
                 self.recorder.refuse(message.metadata.src_node_id, str(error))
         if not total.examples:
@@ -275,5 +268,5 @@ class SpryStrategy(Strategy):
 
     def summary(self) -> None:
         """Say what will run."""
-        trainable = sum(value.numel() for value in self.optimizer.tensors.values())
+        trainable = sum(value.numel() for value in self.state.optimizer.tensors.values())
         log(INFO, "%s: %d units, %d trainable numbers", self.method.paper, len(self.units), trainable)

@@ -1,79 +1,13 @@
-"""Everything that travels between server and clients. No other file builds or reads message content.
-
-downlink  "arrays": adapter tensors  "update": if needed  "config": round, client, units, fingerprint, flags
-uplink    "arrays": values, gradients or nothing       "metrics": loss, counts, slopes    or "refusal": a sentence
-"""
+"""What a node answers. What it was asked is in task.py."""
 
 import math
-from dataclasses import dataclass, field
-from typing import Any, Self, TypeVar
+from dataclasses import dataclass
+from typing import Self
 
-import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.common.serde import recorddict_to_proto
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
 from spry_app.errors import SpryError
-
-INTRODUCE = "query.introduce"
-TRAIN = "train"
-EVALUATE = "evaluate"
-
-Tensors = dict[str, torch.Tensor]
-T = TypeVar("T")
-
-
-class MalformedReply(Exception):
-    """A reply that cannot be used; the sentence says why."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """What the server asks of one node: to train `units`, or (message type EVALUATE) to score `tensors`.
-
-    round: from 1. client: position among this round's clients, part of the seed. tensors: every trainable tensor
-    (fp32). fingerprint: of the base model the server has. evaluate: also score the held-out rows after training.
-    measure: also measure the peak memory of the first step. update: how the last round changed the tensors of `units`,
-    where the method chooses directions by it; else empty.
-    """
-
-    round: int
-    client: int
-    tensors: Tensors
-    units: tuple[str, ...]
-    fingerprint: str
-    evaluate: bool = False
-    measure: bool = False
-    update: Tensors = field(default_factory=dict)
-
-    def to_message(self, node: int, message_type: str = TRAIN) -> Message:
-        config = ConfigRecord(
-            {
-                "round": self.round,
-                "client": self.client,
-                "units": list(self.units),
-                "fingerprint": self.fingerprint,
-                "evaluate": self.evaluate,
-                "measure": self.measure,
-            }
-        )
-        content = RecordDict({"arrays": _arrays(self.tensors), "config": config})
-        if self.update:
-            content["update"] = _arrays(self.update)
-        return Message(content=content, dst_node_id=node, message_type=message_type, group_id=str(self.round))
-
-    @classmethod
-    def from_message(cls, message: Message) -> Self:
-        config = _Record(message, "config")
-        return cls(
-            round=config.get("round", int),
-            client=config.get("client", int),
-            tensors=_tensors(message),
-            units=tuple(config.get("units", list)),
-            fingerprint=config.get("fingerprint", str),
-            evaluate=config.get("evaluate", bool),
-            measure=config.get("measure", bool),
-            update=_tensors(message, "update") if "update" in message.content else {},
-        )
+from spry_app.protocol.records import MalformedReply, Record, Tensors, tensors_in, to_arrays
 
 
 @dataclass(frozen=True)
@@ -93,7 +27,7 @@ class Score:
     @classmethod
     def from_message(cls, message: Message) -> Self:
         """Raises MalformedReply."""
-        metrics = _Record(message, "metrics")
+        metrics = Record(message, "metrics")
         score = cls(metrics.get("loss", float), metrics.get("correct", int), metrics.get("heldout", int))
         if not (0 <= score.correct <= score.examples and math.isfinite(score.loss)):
             raise MalformedReply(f"an impossible score: {score.correct} of {score.examples}, loss {score.loss}")
@@ -137,9 +71,9 @@ class TrainReply:
     @classmethod
     def from_message(cls, message: Message) -> Self:
         """Raises MalformedReply where a record or a number is missing or of another kind."""
-        metrics = _Record(message, "metrics")
+        metrics = Record(message, "metrics")
         return cls(
-            tensors=_tensors(message),
+            tensors=tensors_in(message),
             slopes=_rows(metrics.get("slopes", list), metrics.get("steps", int)),
             loss=metrics.get("train-loss", float),
             examples=metrics.get("num-examples", int),
@@ -155,13 +89,14 @@ class Introduction:
     """What a node says of itself before it is given work.
 
     partition: its number among the nodes, -1 if it has none. fingerprint: of its base model. examples, heldout: rows.
-    memory_mib: what a training step may take on it, 0.0 if it does not say.
+    digest: of the tensors that it starts from. memory_mib: what a training step may take on it, 0.0 if it does not say.
     """
 
     partition: int
     fingerprint: str
     examples: int
     heldout: int
+    digest: str
     memory_mib: float = 0.0
 
     def to_message(self, task: Message) -> Message:
@@ -171,6 +106,7 @@ class Introduction:
                 "fingerprint": self.fingerprint,
                 "examples": self.examples,
                 "heldout": self.heldout,
+                "digest": self.digest,
                 "memory-mib": self.memory_mib,
             }
         )
@@ -179,7 +115,7 @@ class Introduction:
     @classmethod
     def from_message(cls, message: Message) -> Self:
         """Raises MalformedReply."""
-        config = _Record(message, "introduction")
+        config = Record(message, "introduction")
         memory_mib = config.get("memory-mib", float)
         if not 0 <= memory_mib < math.inf:
             raise MalformedReply(f"an impossible memory: {memory_mib} MiB")
@@ -188,19 +124,9 @@ class Introduction:
             fingerprint=config.get("fingerprint", str),
             examples=config.get("examples", int),
             heldout=config.get("heldout", int),
+            digest=config.get("digest", str),
             memory_mib=memory_mib,
         )
-
-
-def introduction_request(node: int, fingerprint: str) -> Message:
-    """Ask a node to load its model and data, test itself, and say what it has."""
-    content = RecordDict({"config": ConfigRecord({"fingerprint": fingerprint})})
-    return Message(content=content, dst_node_id=node, message_type=INTRODUCE)
-
-
-def expected_fingerprint(message: Message) -> str:
-    """The base model that the server has, from any message of its."""
-    return _Record(message, "config").get("fingerprint", str)
 
 
 def refusal(task: Message, reason: SpryError) -> Message:
@@ -216,55 +142,6 @@ def refusal_reason(message: Message) -> str:
     return str(record.get("reason", "")) or "it gave no reason"
 
 
-def to_arrays(tensors: Tensors) -> ArrayRecord:
-    """As Flower's Strategy.start passes them between its methods."""
-    return _arrays(tensors)
-
-
-def from_arrays(arrays: ArrayRecord) -> Tensors:
-    """The tensors by name. Raises MalformedReply where their bytes are not tensors."""
-    try:
-        return dict(arrays.to_torch_state_dict())
-    except (TypeError, ValueError, EOFError) as error:
-        raise MalformedReply(f"unreadable arrays ({error})") from None
-
-
-def size_bytes(message: Message) -> int:
-    """Bytes of the content as serialised for the wire."""
-    return 0 if message.has_error() else recorddict_to_proto(message.content).ByteSize()
-
-
-def _arrays(tensors: Tensors) -> ArrayRecord:
-    return ArrayRecord({name: value.contiguous() for name, value in tensors.items()})
-
-
-def _tensors(message: Message, name: str = "arrays") -> Tensors:
-    record = message.content.get(name)
-    if not isinstance(record, ArrayRecord):
-        raise MalformedReply(f"the {name} are missing")
-    return from_arrays(record)
-
-
-class _Record:
-    """A record of a message, read by key and kind."""
-
-    def __init__(self, message: Message, name: str) -> None:
-        self._name, self._record = name, message.content.get(name)
-        if self._record is None:
-            raise MalformedReply(f"the {name} are missing")
-
-    def __contains__(self, key: str) -> bool:
-        return self._record is not None and key in self._record
-
-    def get(self, key: str, kind: type[T]) -> T:
-        value: Any = self._record.get(key) if self._record is not None else None
-        if type(value) is int and kind is float:
-            value = float(value)
-        if type(value) is not kind:
-            raise MalformedReply(f"{key} in the {self._name} is {str(value)[:40]!r}, not of type {kind.__name__}")
-        return value
-
-
 def _rows(flat: list[float], rows: int) -> tuple[tuple[float, ...], ...]:
     if not ((0 < rows <= len(flat) and len(flat) % rows == 0) or rows == len(flat) == 0):
         raise MalformedReply(f"{len(flat)} slopes do not divide into {rows} steps")
@@ -277,5 +154,5 @@ def _score_metrics(score: Score) -> dict[str, int | float | list[int] | list[flo
 
 
 def _reply(task: Message, tensors: Tensors, metrics: dict[str, int | float | list[int] | list[float]]) -> Message:
-    content = RecordDict({"arrays": _arrays(tensors), "metrics": MetricRecord(metrics)})
+    content = RecordDict({"arrays": to_arrays(tensors), "metrics": MetricRecord(metrics)})
     return Message(content=content, reply_to=task)

@@ -1,0 +1,122 @@
+"""What a run has learned so far, and the only way it changes. The server holds it; where a method sends its slope log,
+every client rebuilds the same bits from what the others measured.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+
+from spry_app.autodiff.directions import Tensors
+from spry_app.config import RunConfig
+from spry_app.methods.method import Method
+from spry_app.methods.replay import HEAD, exact_names, local_optimizer, replay, seed_of
+from spry_app.optimizers import SERVER_OPTIMIZERS, NamedOptimizer, Rule
+from spry_app.slope_log import Entry, Measured
+
+
+class GlobalState:
+    """The trainable tensors (fp32, CPU) and the server's optimizer after round number `round`.
+
+    tensors: of round 0. units: unit -> names of its tensors. exact: tensors that no scalar stands for, in a method
+    that uses slopes.
+    """
+
+    def __init__(self, tensors: Tensors, units: Mapping[str, Sequence[str]], method: Method, config: RunConfig) -> None:
+        server = config.server
+        rule = Rule(method.server_optimizer, server.learning_rate, 0.0, server.beta1, server.beta2, server.tau)
+        head_rate = server.head_learning_rate or server.learning_rate
+        rates = {name: head_rate for name in units.get(HEAD, ())}
+        self.optimizer = NamedOptimizer(tensors, SERVER_OPTIMIZERS, rule, rates)
+        self.exact = exact_names(units, method, config.head_gradient)
+        self.round = 0
+        self._units, self._method, self._config = units, method, config
+        self._numbers = tuple(units)
+
+    @property
+    def tensors(self) -> Tensors:
+        """Copies of the current values."""
+        return {name: value.clone() for name, value in self.optimizer.tensors.items()}
+
+    def step(self, round_: int, pseudo_gradient: Tensors) -> None:
+        """The server's step; tensors that it leaves out, and their moments, stay as they are."""
+        self.optimizer.step(pseudo_gradient)
+        self.round = round_
+
+    def measured(self, client: int, units: Iterable[str], examples: int, slopes: Sequence[Sequence[float]]) -> Measured:
+        """As the log has it: units by number, and only those with tensors that the scalars stand for."""
+        numbers = (self._numbers.index(unit) for unit in units if not self.exact.issuperset(self._units[unit]))
+        seed = seed_of(self._method, self._config, 0, client)
+        return Measured(seed.client, tuple(numbers), examples, tuple(map(tuple, slopes)))
+
+    def change(self, entry: Entry) -> Tensors:
+        """Pseudo-gradient of the tensors that the round's scalars stand for: the mean of the clients' changes."""
+        return mean_change(self._changes(entry))
+
+    def follow(self, entry: Entry) -> None:
+        """Take the server's step of a round from its log."""
+        self.step(entry.round, self.change(entry))
+
+    def trained(self, measured: Measured, round_: int) -> tuple[Tensors, Tensors]:
+        """The tensors that some scalars stand for, before and after the local steps that they describe."""
+        now = self.optimizer.tensors
+        names = (name for number in measured.units for name in self._units[self._numbers[number]])
+        before = {name: now[name] for name in names if name not in self.exact}
+        seed = seed_of(self._method, self._config, round_, measured.client)
+        optimizer = local_optimizer(before, self._units, self._config.client)
+        return before, replay(optimizer, measured.slopes, seed, self._method.gradient)
+
+    def load(self, round_: int, tensors: Tensors, moments: Tensors) -> None:
+        """Become what another one was after `round_`."""
+        self.optimizer.load(tensors, moments)
+        self.round = round_
+
+    def digest(self) -> str:
+        """Of all tensors, by name and to the bit."""
+        return digest(self.optimizer.tensors)
+
+    def _changes(self, entry: Entry) -> Iterator[tuple[Tensors, int]]:
+        for measured in entry.measured:
+            before, after = self.trained(measured, entry.round)
+            yield {name: before[name] - after[name] for name in before}, measured.examples
+
+
+def mean_change(changes: Iterable[tuple[Tensors, int]]) -> Tensors:
+    """Per tensor, the mean over those who have it, weighted by their examples, in the order given."""
+    total: Tensors = {}
+    weight: dict[str, int] = {}
+    for tensors, examples in changes:
+        for name, value in tensors.items():
+            change = value * examples
+            total[name] = total[name] + change if name in total else change
+            weight[name] = weight.get(name, 0) + examples
+    return {name: value / weight[name] for name, value in total.items()}
+
+
+def merged(replies: Sequence[Measured]) -> tuple[Measured, ...]:
+    """One for all clients that measured the same units along the same directions: their slopes are averaged, weighted
+    by examples, as steps that are linear in the slopes allow (DeComFL, arXiv:2405.15861).
+    """
+    groups: dict[tuple[int, tuple[int, ...]], list[Measured]] = {}
+    for reply in replies:
+        groups.setdefault((reply.client, reply.units), []).append(reply)
+    return tuple(_mean(group) for group in groups.values())
+
+
+def _mean(group: Sequence[Measured]) -> Measured:
+    first, *others = group
+    if not others:
+        return first
+    examples = sum(reply.examples for reply in group)
+    weighted = [torch.tensor(reply.slopes, dtype=torch.float64) * reply.examples for reply in group]
+    mean = torch.stack(weighted).sum(0) / examples
+    return Measured(first.client, first.units, examples, tuple(map(tuple, mean.tolist())))
+
+
+def digest(tensors: Tensors) -> str:
+    """Hash of names and bits, the same in any order."""
+    found = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        found.update(f"{name} {tuple(tensors[name].shape)} ".encode())
+        found.update(tensors[name].contiguous().numpy().tobytes())
+    return found.hexdigest()

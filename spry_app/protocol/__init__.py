@@ -1,0 +1,28 @@
+"""Everything that travels between server and clients. No other room builds or reads message content.
+
+downlink  "arrays": adapter tensors  "update", "log": if needed  "config": round, client, units, fingerprint, flags
+uplink    "arrays": values, gradients or nothing       "metrics": loss, counts, slopes    or "refusal": a sentence
+"""
+
+from spry_app.protocol.records import MalformedReply, Tensors, from_arrays, size_bytes, to_arrays
+from spry_app.protocol.replies import Introduction, Score, TrainReply, refusal, refusal_reason
+from spry_app.protocol.task import EVALUATE, TRAIN, CatchUp, Task, expected_fingerprint, introduction_request
+
+__all__ = [
+    "EVALUATE",
+    "TRAIN",
+    "CatchUp",
+    "Introduction",
+    "MalformedReply",
+    "Score",
+    "Task",
+    "Tensors",
+    "TrainReply",
+    "expected_fingerprint",
+    "from_arrays",
+    "introduction_request",
+    "refusal",
+    "refusal_reason",
+    "size_bytes",
+    "to_arrays",
+]

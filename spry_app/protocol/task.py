@@ -1,0 +1,112 @@
+"""What the server asks of a node. What it answers is in replies.py."""
+
+from dataclasses import dataclass, field
+from typing import Self
+
+from flwr.app import ConfigRecord, Message, RecordDict
+
+from spry_app.protocol.records import Record, Tensors, tensors_in, to_arrays
+from spry_app.slope_log import Entry, pack, unpack
+
+INTRODUCE = "query.introduce"
+TRAIN = "train"
+EVALUATE = "evaluate"
+
+
+@dataclass(frozen=True)
+class CatchUp:
+    """How a node that keeps the tensors of earlier rounds comes to those of this one.
+
+    since: round after which the node must hold them at least. entries: what was measured in the rounds that followed.
+    digest: of all tensors in the end. moments: of the server's optimizer, with all tensors, in place of entries; None
+    where the node goes on from what it holds.
+    """
+
+    since: int
+    digest: str
+    entries: tuple[Entry, ...] = ()
+    moments: Tensors | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the server asks of one node: to train `units`, or (message type EVALUATE) to score `tensors`.
+
+    round: from 1. client: position among this round's clients, part of the seed. tensors: every trainable tensor
+    (fp32), or with `catch_up` those alone that no scalar stands for. fingerprint: of the base model the server has.
+    evaluate: also score the held-out rows after training. measure: also measure the peak memory of the first step.
+    update: how the last round changed the tensors of `units`, where the method chooses directions by it; else empty.
+    """
+
+    round: int
+    client: int
+    tensors: Tensors
+    units: tuple[str, ...]
+    fingerprint: str
+    evaluate: bool = False
+    measure: bool = False
+    update: Tensors = field(default_factory=dict)
+    catch_up: CatchUp | None = None
+
+    def to_message(self, node: int, message_type: str = TRAIN) -> Message:
+        config = ConfigRecord(
+            {
+                "round": self.round,
+                "client": self.client,
+                "units": list(self.units),
+                "fingerprint": self.fingerprint,
+                "evaluate": self.evaluate,
+                "measure": self.measure,
+            }
+        )
+        content = RecordDict({"arrays": to_arrays(self.tensors), "config": config})
+        if self.update:
+            content["update"] = to_arrays(self.update)
+        if self.catch_up is not None:
+            _write(self.catch_up, content)
+        return Message(content=content, dst_node_id=node, message_type=message_type, group_id=str(self.round))
+
+    @classmethod
+    def from_message(cls, message: Message) -> Self:
+        config = Record(message, "config")
+        return cls(
+            round=config.get("round", int),
+            client=config.get("client", int),
+            tensors=tensors_in(message),
+            units=tuple(config.get("units", list)),
+            fingerprint=config.get("fingerprint", str),
+            evaluate=config.get("evaluate", bool),
+            measure=config.get("measure", bool),
+            update=tensors_in(message, "update") if "update" in message.content else {},
+            catch_up=_read(message) if "log" in message.content else None,
+        )
+
+
+def introduction_request(node: int, fingerprint: str) -> Message:
+    """Ask a node to load its model and data, test itself, and say what it has."""
+    content = RecordDict({"config": ConfigRecord({"fingerprint": fingerprint})})
+    return Message(content=content, dst_node_id=node, message_type=INTRODUCE)
+
+
+def expected_fingerprint(message: Message) -> str:
+    """The base model that the server has, from any message of its."""
+    return Record(message, "config").get("fingerprint", str)
+
+
+def _write(catch_up: CatchUp, content: RecordDict) -> None:
+    counts, slopes = pack(catch_up.entries)
+    content["log"] = ConfigRecord(
+        {"since": catch_up.since, "digest": catch_up.digest, "counts": counts, "slopes": slopes}
+    )
+    if catch_up.moments is not None:
+        content["moments"] = to_arrays(catch_up.moments)
+
+
+def _read(message: Message) -> CatchUp:
+    log = Record(message, "log")
+    return CatchUp(
+        since=log.get("since", int),
+        digest=log.get("digest", str),
+        entries=unpack(log.get("counts", list), log.get("slopes", list)),
+        moments=tensors_in(message, "moments") if "moments" in message.content else None,
+    )

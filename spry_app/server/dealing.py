@@ -1,0 +1,44 @@
+"""The units of each client of a round, by the split that a method has. The splits are in methods.assignment."""
+
+from collections.abc import Mapping, Sequence
+
+from spry_app.autodiff.directions import Tensors
+from spry_app.config import RunConfig
+from spry_app.errors import SpryError
+from spry_app.methods import Deal, Method
+from spry_app.methods.replay import HEAD
+from spry_app.models.units import depths
+
+
+def deal_out(
+    config: RunConfig,
+    method: Method,
+    units: Mapping[str, Sequence[str]],
+    tensors: Tensors,
+    memory_mib: Sequence[float],
+    round_: int,
+) -> list[list[str]]:
+    """One hand of units a client: the method's split, and the head to everyone where it is shared.
+
+    units: unit -> names of its `tensors`. memory_mib: what a training step may take on each client, 0.0 where it has
+    not said. Raises SpryError where a method of the user's own deals out what there is not.
+    """
+    shared = [HEAD] if config.head == "shared" and HEAD in units else []
+    dealt = tuple(unit for unit in units if unit not in shared)
+    depth, blocks = depths(units)
+    deal = Deal(
+        units=dealt,
+        depths=tuple(depth[unit] for unit in dealt),
+        sizes=tuple(sum(tensors[name].numel() for name in units[unit]) for unit in dealt),
+        blocks=blocks,
+        memory_mib=tuple(memory_mib),
+        round=round_,
+    )
+    hands = method.assign(deal)
+    unknown = sorted({unit for hand in hands for unit in hand} - set(dealt))
+    if len(hands) != deal.clients or unknown:
+        raise SpryError(
+            f"`assign` of method={config.method!r} made {len(hands)} hands for {deal.clients} clients, with "
+            f"unknown units {unknown}; it must make one hand a client, of deal.units."
+        )
+    return [[*hand, *shared] for hand in hands]
