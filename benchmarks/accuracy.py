@@ -4,18 +4,29 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from benchmarks.cells import Cell, Cells, Outcome
 from benchmarks.measure import facts
-from benchmarks.plan import TOP_BLOCKS, Plan
+from benchmarks.plan import TOP_BLOCKS, Plan, Variant
 from benchmarks.rows import DATA_DIR, DATA_SETS, split
 from benchmarks.search import Steps
 from benchmarks.summary import Summary, draw, print_summary, summarise
 from spry_app.config import RunConfig, Scalar
 from spry_app.errors import SpryError
-from spry_app.methods import METHODS
+from spry_app.methods import METHODS, get_method
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a comparison came to. without: variants for which no step size worked."""
+
+    summary: Summary
+    plan: Plan
+    steps: Steps
+    without: list[str]
+
 
 QUESTION = "Which method learns how much for what it costs, each with a step size of its own?"
 
@@ -23,17 +34,19 @@ QUESTION = "Which method learns how much for what it costs, each with a step siz
 def main(arguments: Sequence[str] | None = None) -> None:
     """Search, run, print."""
     options = _parser().parse_args(arguments)
+    name = f"accuracy-{options.data}-{options.alpha}"
     try:
-        compare(options, {name: {"method": name} for name in options.methods.split(",")}, QUESTION)
+        variants = {method: Variant({"method": method}) for method in options.methods.split(",")}
+        keep(options, compare(options, variants, QUESTION), name)
     except SpryError as error:
         sys.exit(f"error: {error}")
 
 
-def compare(options: argparse.Namespace, variants: Mapping[str, Mapping[str, Scalar]], question: str) -> Summary:
-    """Run variants of one plan beside each other and tell how they did; leaves summary.json and picture.png."""
+def compare(options: argparse.Namespace, variants: Mapping[str, Variant], question: str) -> Told:
+    """Run variants of one plan beside each other and print how they did."""
     plan = plan_of(options)
-    for keys in variants.values():
-        RunConfig.from_flower(plan.final(keys, 0))  # a wrong key is refused before anything runs
+    for variant in variants.values():
+        get_method(RunConfig.from_flower(plan.final(variant.keys, 0)))  # a wrong key is refused before anything runs
     cells = Cells(options.out / "cells", options.jobs, str(facts("cpu")["commit"]))
     try:
         steps = Steps(cells, plan)
@@ -42,11 +55,26 @@ def compare(options: argparse.Namespace, variants: Mapping[str, Mapping[str, Sca
     finally:
         cells.close()
     summary = summarise(question, outcomes, options.target, options.budget)
-    told = record(options, plan, steps, summary, sorted(set(variants) - set(found)))
-    (options.out / "summary.json").write_text(json.dumps(told, indent=1) + "\n")
-    draw(summary, options.out / "picture.png")
     print_summary(summary, steps.done)
-    return summary
+    without = sorted(set(variants) - set(found))
+    if without:
+        print(f"No step size worked for {', '.join(without)}.")
+    return Told(summary, plan, steps, without)
+
+
+def keep(options: argparse.Namespace, told: Told, name: str) -> None:
+    """NAME.json and NAME.png in the folder of the benchmark: all but the cells themselves."""
+    settings = {key: value for key, value in vars(options).items() if key not in ("out", "data_dir", "jobs", "set")}
+    record = {
+        **told.summary.as_json(),
+        "settings": settings,
+        "shared": dict(told.plan.shared),
+        "facts": facts("cpu"),
+        "search": [one.record() for one in told.steps.done],
+        "no step size worked for": told.without,
+    }
+    (options.out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    draw(told.summary, options.out / f"{name}.png")
 
 
 def run_all(
@@ -61,21 +89,6 @@ def run_all(
     for (name, _), outcome in zip(wanted, found, strict=True):
         outcomes[name].append(outcome)
     return outcomes
-
-
-def record(
-    options: argparse.Namespace, plan: Plan, steps: Steps, summary: Summary, without: Sequence[str]
-) -> dict[str, Any]:
-    """Everything but the cells themselves."""
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-    return {
-        **summary.as_json(),
-        "settings": {name: value for name, value in settings.items() if name not in ("out", "data_dir")},
-        "shared": dict(plan.shared),
-        "facts": facts("cpu"),
-        "search": [one.record() for one in steps.done],
-        "no step size worked for": list(without),
-    }
 
 
 def plan_of(options: argparse.Namespace) -> Plan:
@@ -119,8 +132,10 @@ def parser(question: str) -> argparse.ArgumentParser:
     found.add_argument("--budget", type=float, default=0.0, help="forwards to compare at; 0: what all have spent")
     found.add_argument("--target", type=float, default=0.0, help="accuracy to reach; 0: half of the best one's gain")
     found.add_argument("--set", type=_pair, action="append", default=[], metavar="KEY=VALUE", help="of all runs")
-    found.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
-    found.add_argument("--out", type=Path, required=True, help="finished runs in here are not run again")
+    found.add_argument("--jobs", type=int, default=2, help="processes, of one thread each; 0: this one")
+    found.add_argument(
+        "--out", type=Path, default=Path("outputs/accuracy"), help="finished runs in here are not run again"
+    )
     return found
 
 

@@ -43,15 +43,16 @@ KEPT = (
 
 @dataclass(frozen=True)
 class Cell:
-    """run_config: every key that is not at its default, but for output-dir. nodes: over which the rows are dealt."""
+    """run_config: the keys that are not at their default, but for output-dir. nodes: over which the rows are dealt."""
 
     run_config: Mapping[str, Scalar]
     nodes: int
 
     @property
     def name(self) -> str:
-        """The same for the same cell, whatever the order of its keys."""
-        told = json.dumps([self.nodes, sorted(self.run_config.items())])
+        """The same for the same cell, whatever the order of its keys, and whether a default is spelt out."""
+        usual = RunConfig.defaults()
+        told = json.dumps([self.nodes, sorted(item for item in self.run_config.items() if item not in usual.items())])
         return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
@@ -95,7 +96,7 @@ def measure(cell: Cell) -> Outcome:
 class Cells:
     """Runs cells in `jobs` processes of one thread each, and keeps what they gave in `folder`. Close it when done.
 
-    commit: of this code, written into every record.
+    jobs: 0 runs them in this process. commit: of this code, written into every record.
     """
 
     def __init__(self, folder: Path, jobs: int, commit: str) -> None:
@@ -121,12 +122,14 @@ class Cells:
 
     def _measured(self, left: Mapping[str, Cell]) -> Iterator[tuple[str, Outcome]]:
         """As they end."""
-        if not left:
+        if not self.jobs:
+            identify()
+            yield from ((name, measure(cell)) for name, cell in left.items())
             return
-        if self._pool is None:
+        if self._pool is None and left:
             context = multiprocessing.get_context("spawn")  # Flower, PyTorch and Arrow do not survive a fork
             self._pool = ProcessPoolExecutor(self.jobs, context, _begin, (self.folder / "log.txt",))
-        pending = {self._pool.submit(measure, cell): name for name, cell in left.items()}
+        pending = {self._pool.submit(measure, cell): name for name, cell in left.items()} if self._pool else {}
         try:
             for ended in as_completed(pending):
                 yield pending[ended], ended.result()

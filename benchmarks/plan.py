@@ -20,6 +20,18 @@ METHOD_KEYS: dict[str, dict[str, Scalar]] = {
 
 
 @dataclass(frozen=True)
+class Variant:
+    """keys: what sets it apart. like: the keys with which its step sizes are searched, where not with its own."""
+
+    keys: Mapping[str, Scalar]
+    like: Mapping[str, Scalar] | None = None
+
+    @property
+    def searched(self) -> Mapping[str, Scalar]:
+        return self.keys if self.like is None else self.like
+
+
+@dataclass(frozen=True)
 class Plan:
     """shared: keys of every run, and the defaults of what variants vary. rounds: of a run with the shared number of
     local steps; others have as many more as they take fewer, so that all see as many examples. evaluations: after
@@ -49,8 +61,8 @@ class Plan:
     def _whole(self, keys: Mapping[str, Scalar], rounds: int, evaluations: int, seed: int) -> dict[str, Scalar]:
         method = METHOD_KEYS.get(str(keys.get("method", "")), {})
         whole = {
-            "server.fraction-train": self.clients / self.nodes,
-            "server.min-train-nodes": self.clients,
+            "server.fraction-train": 1 / self.nodes,
+            "server.min-train-nodes": self.clients,  # exactly so many, with the least fraction
             **partition_keys(self.alpha),
             **self.shared,
             **method,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.cells import Cell, Cells, Outcome
-from benchmarks.plan import Plan
+from benchmarks.plan import Plan, Variant
 from spry_app.config import RunConfig, Scalar
 from spry_app.methods import get_method
 
@@ -97,16 +97,24 @@ class Steps:
     plan: Plan
     done: list[Search] = field(default_factory=list)
 
-    def find(self, variants: Mapping[str, Keys]) -> dict[str, dict[str, Scalar]]:
-        """Name -> the variant's keys with its step sizes. The head's are found once for each kind of server step, by
+    def find(self, variants: Mapping[str, Variant]) -> dict[str, dict[str, Scalar]]:
+        """Name -> the variant's keys with step sizes. The head's are found once for each kind of server step, by
         training the head alone; then the adapter's for each variant. One whose searching runs all failed is left out.
         """
-        knobs = {name: knob_of(keys) for name, keys in variants.items()}
-        heads = self._heads(set(knobs.values()))
-        fixed = {name: {"client.learning-rate": SMALL_STEP, **heads[knobs[name]], **variants[name]} for name in knobs}
-        adapters = [self._of(name, fixed[name], knob.adapter, knob.adapter_from) for name, knob in knobs.items()]
-        self._search(adapters, "Step sizes of the adapter")
-        return {one.name: {**fixed[one.name], one.key: one.best} for one in adapters if not one.tried[one.best].error}
+        wanted = {_told(one.searched): one.searched for one in variants.values()}
+        heads = self._heads({knob_of(keys) for keys in wanted.values()})
+        fixed: dict[str, dict[str, Scalar]] = {}
+        adapters: dict[str, Search] = {}
+        for told, keys in wanted.items():
+            knob = knob_of(keys)
+            fixed[told] = {"client.learning-rate": SMALL_STEP, **heads[knob]}
+            if keys.get("adapter.kind") != "none":  # has no other step size than the head's
+                adapters[told] = self._of(told, {**fixed[told], **keys}, knob.adapter, knob.adapter_from)
+        self._search(list(adapters.values()), "Step sizes of the adapter")
+        for told, search in adapters.items():
+            fixed[told] = {} if search.tried[search.best].error else {**fixed[told], search.key: search.best}
+        steps = {name: fixed[_told(one.searched)] for name, one in variants.items()}
+        return {name: {**steps[name], **one.keys} for name, one in variants.items() if steps[name]}
 
     def _heads(self, knobs: set[Knob]) -> dict[Knob, dict[str, Scalar]]:
         """The clients' head first: where the server's step is adaptive, clients train their heads with it too."""
@@ -117,7 +125,7 @@ class Steps:
         return found
 
     def _head(self, knob: Knob, keys: Keys) -> dict[str, Scalar]:
-        alone = {**keys, "adapter.kind": "none", "method": knob.like}
+        alone = {**keys, "adapter.kind": "none", "adapter.targets": "", "method": knob.like}
         one = self._of(f"head, {knob.like}", alone, knob.head, knob.head_from)
         self._search([one], f"Step size of the head ({knob.like})")
         return {knob.head: one.best}
@@ -128,6 +136,11 @@ class Steps:
     def _search(self, searches: list[Search], what: str) -> None:
         search(searches, self.cells, self.plan.nodes, what)
         self.done += searches
+
+
+def _told(keys: Keys) -> str:
+    """The method, and what else sets it apart."""
+    return ", ".join(str(value) if key == "method" else f"{key} {value}" for key, value in keys.items())
 
 
 def _loss(outcome: Outcome) -> float:
