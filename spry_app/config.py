@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from spry_app.errors import SpryError
@@ -56,16 +56,30 @@ class ModelConfig(_Section):
 
 
 class AdapterConfig(_Section):
-    kind: Literal["lora", "none"] = "lora"
-    """"lora", or "none" to train the classification head alone."""
+    """What is trained beside the head. A key that its kind does not use must stay at its default (ADAPTER_KEYS)."""
+
+    kind: Literal["lora", "ia3", "bitfit", "none"] = "lora"
+    """"lora"; "ia3", factors on the activations of some matrices; "bitfit", all biases; "none", the head alone."""
     rank: Count = 1
+    """LoRA only."""
     alpha: float = Field(1.0, gt=0)
-    """LoRA scale: updates are multiplied by alpha / rank."""
+    """LoRA only: updates are multiplied by alpha / rank."""
     dropout: float = Field(0.0, ge=0, lt=1)
+    """LoRA only."""
     targets: str = ""
-    """Module names to adapt, separated by commas; empty for query and value, whatever the model calls them."""
+    """LoRA and IA3: names of the modules to adapt, separated by commas. Empty for query and value, whatever the model
+    calls them (LoRA), or for PEFT's choice: mostly key, value and the last matrix of the feed-forward layer (IA3)."""
     bias: Literal["none", "all", "lora_only"] = "none"
-    """Which biases are trained beside LoRA (PEFT's `bias`)."""
+    """LoRA only: which biases are trained beside it (PEFT's `bias`)."""
+
+
+ADAPTER_KEYS: dict[str, frozenset[str]] = {
+    "lora": frozenset({"rank", "alpha", "dropout", "targets", "bias"}),
+    "ia3": frozenset({"targets"}),
+    "bitfit": frozenset(),
+    "none": frozenset(),
+}
+"""adapter.kind -> the other keys of `adapter` that it uses."""
 
 
 class DataConfig(_Section):
@@ -207,6 +221,17 @@ class RunConfig(_Section):
     client: ClientConfig = ClientConfig()
     server: ServerConfig = ServerConfig()
     stop: StopConfig = StopConfig()
+
+    @model_validator(mode="after")
+    def _adapter_keys_are_used(self) -> Self:
+        kind, default = self.adapter.kind, AdapterConfig()
+        for name in AdapterConfig.model_fields:
+            got, usual = getattr(self.adapter, name), getattr(default, name)
+            if name not in ADAPTER_KEYS[kind] | {"kind"} and got != usual:
+                raise ValueError(
+                    f"adapter.{name} is {got!r}, which adapter.kind {kind!r} does not use; leave it {usual!r}"
+                )
+        return self
 
     def evaluates(self, round_: int) -> bool:
         """Whether a round is evaluated: every `server.evaluate-every` rounds, before the first and after the last."""

@@ -37,6 +37,10 @@ PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
         ),
         ({"client.memory-budget-mib": 0}, '"auto", or "" for no budget'),
         ({"client.memory-budget-mib": True}, "is True"),
+        ({"adapter.kind": "vera"}, "'lora', 'ia3', 'bitfit' or 'none'"),
+        ({"adapter.kind": "ia3", "adapter.rank": 4}, "adapter.rank is 4, which adapter.kind 'ia3' does not use"),
+        ({"adapter.kind": "bitfit", "adapter.targets": "query"}, "adapter.targets is 'query', which adapter.kind"),
+        ({"adapter.kind": "none", "adapter.bias": "all"}, "adapter.kind 'none' does not use; leave it 'none'"),
     ],
 )
 def test_a_bad_key_is_named_with_what_is_allowed(flat: dict, sentence: str) -> None:

@@ -1,6 +1,8 @@
 """`spry run` for real: SuperLink, Ray and virtual clients on a tiny model; and what a run leaves behind."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +25,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_checkpoint(folder / "tiny")
     make_rows(folder / "train.jsonl", 96)
     make_rows(folder / "test.jsonl", 40, offset=1000)
+    (folder / "own").mkdir()
+    (folder / "own" / "my_method.py").write_text(readme_method())
     return folder
+
+
+def readme_method() -> str:
+    """The README's example of a method of one's own: at most 40 lines, in a file outside the package."""
+    (code,) = re.findall(r"```python\n(# my_method\.py.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(code.splitlines()) <= 40
+    return code
 
 
 def spry_run(folder: Path, output: str, method: str) -> Path:
@@ -44,7 +55,11 @@ def spry_run(folder: Path, output: str, method: str) -> Path:
     run_config = " ".join(f"{key}={json.dumps(value)}" for key, value in keys.items())
     command = [sys.executable, "-m", "spry_app.cli", "run", "--nodes", "4", "--run-config", run_config]
     done = subprocess.run(
-        [*command, "--output-dir", str(folder / output), str(ROOT)], capture_output=True, text=True, timeout=240
+        [*command, "--output-dir", str(folder / output), str(ROOT)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | {"PYTHONPATH": str(folder / "own")},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     (run,) = (folder / output).iterdir()
@@ -53,7 +68,7 @@ def spry_run(folder: Path, output: str, method: str) -> Path:
 
 @pytest.fixture(scope="module")
 def per_epoch(folder: Path) -> Path:
-    return spry_run(folder, "per-epoch", "spry")
+    return spry_run(folder, "per-epoch", "my_method:paired")
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +98,10 @@ def test_every_round_leaves_a_line(run: Path) -> None:
         assert line["peak-mib"] > 0
 
 
+def test_what_the_user_wrote_is_what_ran(per_epoch: Path) -> None:
+    assert json.loads((per_epoch / "config.json").read_text())["method"] == "my_method:paired"
+
+
 def test_the_adapter_scores_what_the_log_says(run: Path, folder: Path) -> None:
     base = AutoModelForSequenceClassification.from_pretrained(folder / "tiny", num_labels=2)
     model = PeftModel.from_pretrained(base, run / "adapter").eval()
@@ -106,8 +125,20 @@ def test_the_result_names_what_was_left_and_what_it_cost(run: Path) -> None:
     assert json.loads((run / "config.json").read_text())["num-server-rounds"] == ROUNDS
 
 
+def test_the_scalars_alone_give_the_adapter(per_iteration: Path, tmp_path: Path) -> None:
+    """Rebuilt in another process than the server's, from what real clients sent through Ray."""
+    command = [sys.executable, "-m", "spry_app.cli", "rebuild", str(per_iteration / "slopes.jsonl")]
+    done = subprocess.run([*command, "--output", str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    rebuilt, kept = (
+        load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, per_iteration / "adapter")
+    )
+    assert rebuilt.keys() == kept.keys()
+    assert all(torch.equal(rebuilt[name], kept[name]) for name in kept)
+
+
 def test_the_same_seed_gives_the_same_adapter(folder: Path, per_epoch: Path) -> None:
-    twin = spry_run(folder, "twin", "spry")
+    twin = spry_run(folder, "twin", "my_method:paired")
     weights = [load_file(run / "adapter" / "adapter_model.safetensors") for run in (per_epoch, twin)]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

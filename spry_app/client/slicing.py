@@ -15,7 +15,7 @@ from spry_app.autodiff.directions import Seed
 from spry_app.autodiff.memory import MIB, peak_mib
 from spry_app.client.node import Node
 from spry_app.client.step import Step
-from spry_app.config import RunConfig
+from spry_app.config import ADAPTER_KEYS, RunConfig
 from spry_app.errors import SpryError
 from spry_app.methods import Method
 from spry_app.methods.replay import exact_names
@@ -59,10 +59,11 @@ def _choose(node: Node, method: Method, config: RunConfig) -> Slices:
     try:
         chosen = fit(peak, client.batch_size, client.directions if method.gradient.slopes else 1, budget)
     except DoesNotFit as error:
+        rank = f" or adapter.rank (now {config.adapter.rank})" if "rank" in ADAPTER_KEYS[config.adapter.kind] else ""
         raise SpryError(
             f"A step on one example takes {error.least_mib:.1f} MiB beside the model on this node, and its budget is "
             f"{budget:.1f} MiB. Raise client.memory-budget-mib (or this node's memory-budget-mib), or lower "
-            f"data.max-length (now {config.data.max_length}) or adapter.rank (now {config.adapter.rank})."
+            f"data.max-length (now {config.data.max_length}){rank}."
         ) from error
     logger.info("Within %.1f MiB a step: %s.", budget, chosen)
     return chosen

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -133,9 +133,7 @@ class AdaptedModel:
         if seed is None:
             yield
             return
-        layers: list[Any] = [
-            module.lora_dropout for module in self.model.modules() if isinstance(module, BaseTunerLayer)
-        ]
+        layers: list[Any] = [module.lora_dropout for module in self.model.modules() if isinstance(module, LoraLayer)]
         for layer in layers:
             layer.train()
         try:

@@ -1,18 +1,31 @@
-"""Attach a PEFT adapter to a frozen model: which matrices, which head, in which precision. Nothing here trains."""
+"""Attach a PEFT adapter to a frozen model: which kind, which matrices, which head, in which precision. Nothing here
+trains.
+"""
 
 import re
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.ia3 import IA3Layer
 from peft.utils import ModulesToSaveWrapper
-from peft.utils.constants import DUMMY_TARGET_MODULES, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.constants import (
+    DUMMY_TARGET_MODULES,
+    TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
+    TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+)
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from spry_app.config import AdapterConfig
 from spry_app.errors import SpryError
+
+Kind = Callable[[PreTrainedModel, AdapterConfig, tuple[str, ...]], PeftConfig]
+"""A frozen model, its adapter keys and the names of its head -> PEFT's configuration."""
 
 _QUERY_AND_VALUE = (
     ("query", "value"),
@@ -32,21 +45,12 @@ _QUERY_AND_VALUE = (
 def attach(
     model: PreTrainedModel, adapter: AdapterConfig, head: tuple[str, ...], name: str, revision: str
 ) -> PeftModel:
-    """The model with LoRA matrices and a copy of its head as the only trainable parameters, all but biases fp32.
+    """The model with an adapter and a copy of its head as the only trainable parameters, all but biases fp32.
 
     `name` and `revision` are what a saved adapter gives as its base model. LoRA's first factor is drawn from torch's
-    global generator. Raises SpryError if a target is not in the model.
+    global generator. Raises SpryError if the model has not what the adapter is to change.
     """
-    config = LoraConfig(
-        task_type="SEQ_CLS",
-        r=adapter.rank,
-        lora_alpha=adapter.alpha,  # type: ignore[arg-type]
-        lora_dropout=adapter.dropout,
-        bias=adapter.bias,
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
-        modules_to_save=list(head),
-        target_modules=DUMMY_TARGET_MODULES if adapter.kind == "none" else _targets(model, adapter.targets, head),
-    )
+    config = KINDS[adapter.kind](model, adapter, head)
     with warnings.catch_warnings():
         # PEFT asks transformers for a property by its old name.
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
@@ -57,22 +61,86 @@ def attach(
         if isinstance(module, ModulesToSaveWrapper):
             module.modules_to_save.float()
             module.register_forward_pre_hook(_to_float32)
+        if isinstance(module, IA3Layer):
+            module.register_forward_hook(_to_format_of_input)
     return adapted
 
 
-def _targets(model: PreTrainedModel, wanted: str, head: tuple[str, ...]) -> list[str] | str:
-    """Names for PEFT; a pattern where a bare name would also take matrices of the head."""
+def _lora(model: PreTrainedModel, adapter: AdapterConfig, head: tuple[str, ...]) -> PeftConfig:
+    """arXiv 2106.09685."""
+    inside = _linear(model, head)
+    default = _default_targets(model.config.model_type, {name.rpartition(".")[2] for name in inside})
+    return LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,  # type: ignore[arg-type]
+        lora_dropout=adapter.dropout,
+        bias=adapter.bias,
+        target_modules=_targets(model, adapter.targets, head, default, "query and value"),
+        fan_in_fan_out=_is_transposed(model),
+        **_shared(head),
+    )
+
+
+def _ia3(model: PreTrainedModel, adapter: AdapterConfig, head: tuple[str, ...]) -> PeftConfig:
+    """arXiv 2205.05638: a factor for each output of a matrix, or for each input of one of a feed-forward layer.
+
+    Matrices are PEFT's own choice unless adapter.targets is set; which of them are of feed-forward layers always is.
+    """
+    own = TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING.get(model.config.model_type, [])
+    inner = TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.get(model.config.model_type, [])
+    return IA3Config(
+        target_modules=_targets(model, adapter.targets, head, own, "the matrices that IA3 scales"),
+        # A pattern, since PEFT wants bare names to be among the targets.
+        feedforward_modules=rf"(.*\.)?({'|'.join(map(re.escape, inner))})" if inner else [],
+        fan_in_fan_out=_is_transposed(model),
+        **_shared(head),
+    )
+
+
+def _bitfit(model: PreTrainedModel, adapter: AdapterConfig, head: tuple[str, ...]) -> PeftConfig:
+    """arXiv 2106.10199: every bias that is there, and no further parameter."""
+    if not any(name.endswith("bias") and name.split(".")[0] not in head for name, _ in model.named_parameters()):
+        raise SpryError(
+            f"adapter.kind is 'bitfit', which trains biases, and this {model.config.model_type} model has none: "
+            'set adapter.kind to "lora" or "ia3".'
+        )
+    return LoraConfig(bias="all", target_modules=DUMMY_TARGET_MODULES, **_shared(head))
+
+
+def _head_alone(model: PreTrainedModel, adapter: AdapterConfig, head: tuple[str, ...]) -> PeftConfig:
+    return LoraConfig(target_modules=DUMMY_TARGET_MODULES, **_shared(head))
+
+
+KINDS: dict[str, Kind] = {"lora": _lora, "ia3": _ia3, "bitfit": _bitfit, "none": _head_alone}
+
+
+def _shared(head: tuple[str, ...]) -> dict[str, Any]:
+    return {"task_type": "SEQ_CLS", "modules_to_save": list(head)}
+
+
+def _is_transposed(model: PreTrainedModel) -> bool:
+    return any(isinstance(module, Conv1D) for module in model.modules())
+
+
+def _linear(model: PreTrainedModel, head: tuple[str, ...]) -> list[str]:
+    """Names of the linear layers outside the head."""
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
-    inside = [name for name in linear if name.split(".")[0] not in head]
-    short = {name.rpartition(".")[2] for name in inside}
-    asked = [name.strip() for name in wanted.split(",") if name.strip()]
-    names = asked or _default_targets(model.config.model_type, short)
+    return [name for name in linear if name.split(".")[0] not in head]
+
+
+def _targets(
+    model: PreTrainedModel, wanted: str, head: tuple[str, ...], default: list[str], what: str
+) -> list[str] | str:
+    """Names for PEFT; a pattern where a bare name would also take matrices of the head."""
+    inside = _linear(model, head)
+    names = [name.strip() for name in wanted.split(",") if name.strip()] or default
     missing = [name for name in names if not any(_matches(module, name) for module in inside)]
     if missing or not names:
         got = f"adapter.targets names {', '.join(missing)}, not in this {model.config.model_type} model"
-        unknown = f"adapter.targets is empty, and query and value of a {model.config.model_type} model are not known"
-        raise SpryError(f"{got if missing else unknown}. Linear layers it has: {', '.join(sorted(short))}.")
-    if not any(_matches(module, name) for module in set(linear) - set(inside) for name in names):
+        unknown = f"adapter.targets is empty, and {what} of a {model.config.model_type} model are not known"
+        short = sorted({name.rpartition(".")[2] for name in inside})
+        raise SpryError(f"{got if missing else unknown}. Linear layers it has: {', '.join(short)}.")
+    if not any(_matches(module, name) for module in set(_linear(model, ())) - set(inside) for name in names):
         return names
     return rf"(?!({'|'.join(head)})\.)(.*\.)?({'|'.join(map(re.escape, names))})"
 
@@ -90,3 +158,8 @@ def _matches(module: str, target: str) -> bool:
 def _to_float32(module: nn.Module, args: tuple[object, ...]) -> tuple[object, ...]:
     """A head in float32 takes the backbone's features as float32 too."""
     return tuple(a.float() if isinstance(a, Tensor) and a.dtype in (torch.float16, torch.bfloat16) else a for a in args)
+
+
+def _to_format_of_input(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """PEFT's IA3 on a quantised layer answers a half-precision input in float32, which attention then refuses."""
+    return output.to(args[0].dtype)

@@ -17,8 +17,8 @@ _BLOCK = re.compile(r"(.*?\.)(\d+)(?=\.)")
 def group(model: PeftModel) -> Units:
     """Unit name -> names of its trainable tensors, in the order the model defines its layers; the head last.
 
-    One unit an adapted matrix (its low-rank factors and its own bias), one for the other trained biases of a block,
-    one for everything that is trained in full (the classification head).
+    One unit an adapted matrix (its low-rank factors and its own bias, or its IA3 factors), one for the other trained
+    biases of a block, one for everything that is trained in full (the classification head).
     """
     wrapped = f"base_model.model.{model.get_base_model().base_model_prefix}."
 
