@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from flwr.app import Context, RecordDict
 from flwr.serverapp import Grid
 
 from benchmarks.local_grid import LocalGrid, identify
 from spry_app.config import RunConfig, Scalar
 from spry_app.errors import SpryError
-from spry_app.server.run import run
+from spry_app.server.run import federate
 
 KEPT = (
     "round",
@@ -35,6 +34,7 @@ KEPT = (
     "forwards",
     "mib-up",
     "mib-down",
+    "peak-mib",
     "seconds",
     "refused",
 )
@@ -43,7 +43,7 @@ KEPT = (
 
 @dataclass(frozen=True)
 class Cell:
-    """run_config: the keys that are not at their default, but for output-dir. nodes: over which the rows are dealt."""
+    """run_config: the keys that are not at their default. nodes: over which the rows are dealt."""
 
     run_config: Mapping[str, Scalar]
     nodes: int
@@ -62,8 +62,6 @@ class Outcome:
 
     curve: tuple[Mapping[str, Any], ...] = ()
     error: str = ""
-    peak_mib: float | None = None
-    """Of a step on all units, above the loaded model."""
     seconds: float = 0.0
     commit: str = ""
     config: Mapping[str, Scalar] = field(default_factory=dict)
@@ -75,22 +73,18 @@ class Outcome:
 
 
 def measure(cell: Cell) -> Outcome:
-    """Run the cell in this process, by the server's own `run` and the real ClientApp."""
+    """Run the cell in this process, by the server's own `federate` and the real ClientApp."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="spry-cell-") as folder:
-        run_config = {**cell.run_config, "output-dir": folder}
         try:
-            config = RunConfig.from_flower(run_config)
-            context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=run_config)
-            run(cast(Grid, LocalGrid(cell.nodes, run_config)), context)
+            config = RunConfig.from_flower(cell.run_config)
+            done = federate(cast(Grid, LocalGrid(cell.nodes, cell.run_config)), config, Path(folder))
         except Exception as error:  # told in the record: the other cells go on
             kind = "" if isinstance(error, SpryError) else f"{type(error).__name__}: "
             return Outcome(error=f"{kind}{error}", seconds=time.monotonic() - started)
-        written = Path(folder, "1")
-        lines = [json.loads(line) for line in (written / "metrics.jsonl").read_text().splitlines()]
-        peak = json.loads((written / "result.json").read_text())["peak-mib"]
+    lines = [json.loads(line.as_json()) for line in done.recorder.rounds]
     curve = tuple({name: line[name] for name in KEPT} for line in lines)
-    return Outcome(curve, peak_mib=peak, seconds=time.monotonic() - started, config=config.flat())
+    return Outcome(curve, seconds=time.monotonic() - started, config=config.flat())
 
 
 class Cells:

@@ -82,7 +82,7 @@ def _costs(outcomes: Sequence[Outcome]) -> dict[str, float]:
         "forwards": lambda one: one.last["forwards"],
         "MiB up": lambda one: one.last["mib-up"],
         "MiB down": lambda one: one.last["mib-down"],
-        "peak MiB of a step": lambda one: one.peak_mib or 0.0,
+        "peak MiB of a step": lambda one: max(line["peak-mib"] or 0.0 for line in one.curve),
         "seconds": lambda one: one.seconds,
     }
     return {name: sum(map(value, outcomes)) / len(outcomes) for name, value in last.items()}

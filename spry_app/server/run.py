@@ -3,6 +3,7 @@
 import functools
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,14 +30,37 @@ _EVALUATION_BATCH = 32
 Evaluate = Callable[[int, ArrayRecord], MetricRecord | None]
 
 
+@dataclass(frozen=True)
+class Federated:
+    """What the rounds of a run left behind. test: rows of the server's own test set, None where it has none."""
+
+    adapted: AdaptedModel
+    arrays: ArrayRecord
+    recorder: Recorder
+    test: Encoded | None
+
+
 def run(grid: Grid, context: Context) -> None:
     """Everything a run does. Raises (never exits) where it fails, so that Flower marks the run as failed."""
     config = RunConfig.from_flower(context.run_config)
+    folder = Path(config.output_dir).expanduser().resolve() / str(context.run_id)
+    done = federate(grid, config, folder)
+    rounds = done.recorder.rounds
+    save_adapter(done.adapted, from_arrays(done.arrays), folder / "adapter")
+    draw(rounds, folder / "picture.png", title=f"{config.method} on {config.data.source}")
+    peaks = step_peaks(done.adapted, done.test, config, get_method(config)) if done.test is not None else {}
+    measured = [line.peak_mib for line in rounds if line.peak_mib]
+    if config.client.memory_budget_mib and measured:  # each client has cut its steps as it must
+        peaks["run"] = max(measured)
+    _write_result(folder, done.recorder, peaks)
+
+
+def federate(grid: Grid, config: RunConfig, folder: Path) -> Federated:
+    """Load, and run all rounds; what they cost and gave is written into `folder` as they end."""
     method = get_method(config)
     strategy_class = _strategy_class(config.strategy)
     adapted = load_model(config.model, config.adapter, len(label_names(config.data)), config.seed)
     test = _test_rows(config, adapted)
-    folder = Path(config.output_dir).expanduser().resolve() / str(context.run_id)
     recorder = Recorder(folder, config)
     strategy = strategy_class(
         config=config,
@@ -55,13 +79,7 @@ def run(grid: Grid, context: Context) -> None:
         return MetricRecord({"accuracy": result.correct / result.examples}) if result else None
 
     arrays = _federate(strategy, grid, config, to_arrays(adapted.tensors()), evaluate)
-    save_adapter(adapted, from_arrays(arrays), folder / "adapter")
-    draw(recorder.rounds, folder / "picture.png", title=f"{config.method} on {config.data.source}")
-    peaks = step_peaks(adapted, test, config, method) if test is not None else {}
-    measured = [line.peak_mib for line in recorder.rounds if line.peak_mib]
-    if config.client.memory_budget_mib and measured:  # each client has cut its steps as it must
-        peaks["run"] = max(measured)
-    _write_result(folder, recorder, peaks)
+    return Federated(adapted, arrays, recorder, test)
 
 
 def _federate(
