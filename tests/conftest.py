@@ -1,6 +1,7 @@
 """What every test gets: an identity for Flower, one thread, no network; skips what this machine cannot run."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported
@@ -23,11 +24,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
-@pytest.fixture(autouse=True)
-def task_identity(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="session", autouse=True)
+def task_identity() -> Iterator[None]:
     """Flower stamps each new Message with the identity of the running task; outside a run there is none."""
-    for name in ("run_id", "node_id", "task_id"):
-        monkeypatch.setattr(TaskIdentity, f"_{name}", 1)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("run_id", "node_id", "task_id"):
+            patch.setattr(TaskIdentity, f"_{name}", 1)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

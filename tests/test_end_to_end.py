@@ -1,20 +1,25 @@
-"""`spry run` for real: SuperLink, Ray and virtual clients on a tiny model; and what a run leaves behind."""
+"""`spry run` for real: SuperLink, Ray and virtual clients on a tiny model; and what a run leaves in each mode."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from datasets import load_dataset
-from federation import make_checkpoint, make_rows
+from federation import LocalGrid, make_checkpoint, make_rows, same
+from flwr.app import Context, RecordDict
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from spry_app.server.run import run as serve
+
 ROOT = Path(__file__).parent.parent
 ROUNDS = 3
+NODES = 4
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +31,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def spry_run(folder: Path, output: str, method: str) -> Path:
-    """Run the app; returns the folder of the run."""
-    keys = {
+def run_config(folder: Path, method: str) -> dict[str, Any]:
+    return {
         "method": method,
         "model.name": str(folder / "tiny"),
         "data.source": str(folder / "train.jsonl"),
@@ -41,24 +45,37 @@ def spry_run(folder: Path, output: str, method: str) -> Path:
         "num-server-rounds": ROUNDS,
         "server.evaluate-every": 1,
     }
-    run_config = " ".join(f"{key}={json.dumps(value)}" for key, value in keys.items())
-    command = [sys.executable, "-m", "spry_app.cli", "run", "--nodes", "4", "--run-config", run_config]
+
+
+def by_flower(folder: Path, method: str) -> Path:
+    """`spry run`; returns the folder of the run."""
+    keys = " ".join(f"{key}={json.dumps(value)}" for key, value in run_config(folder, method).items())
+    command = [sys.executable, "-m", "spry_app.cli", "run", "--nodes", str(NODES), "--run-config", keys]
     done = subprocess.run(
-        [*command, "--output-dir", str(folder / output), str(ROOT)], capture_output=True, text=True, timeout=240
+        [*command, "--output-dir", str(folder / "flower"), str(ROOT)], capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    (run,) = (folder / output).iterdir()
+    (run,) = (folder / "flower").iterdir()
     return run
+
+
+def in_one_process(folder: Path, method: str) -> Path:
+    """What the ServerApp does, with the ClientApp called in its own process; returns the folder of the run."""
+    config = run_config(folder, method) | {"output-dir": str(folder / method)}
+    context = Context(run_id=7, node_id=0, node_config={}, state=RecordDict(), run_config=config)
+    serve(LocalGrid(NODES, config), context)  # type: ignore[arg-type]
+    return folder / method / "7"
 
 
 @pytest.fixture(scope="module")
 def per_epoch(folder: Path) -> Path:
-    return spry_run(folder, "per-epoch", "spry")
+    """Over a real SuperLink in test_deployment."""
+    return in_one_process(folder, "spry")
 
 
 @pytest.fixture(scope="module")
 def per_iteration(folder: Path) -> Path:
-    return spry_run(folder, "per-iteration", "spry-per-iteration")
+    return by_flower(folder, "spry-per-iteration")
 
 
 @pytest.fixture(params=["per_epoch", "per_iteration"])
@@ -77,7 +94,7 @@ def test_every_round_leaves_a_line(run: Path) -> None:
         assert after["mib-down"] > before["mib-down"] > 0
         assert after["seconds"] > before["seconds"]
     for line in lines(run)[1:]:
-        assert (line["asked"], line["answered"], line["refused"]) == (4, 4, 0)
+        assert (line["asked"], line["answered"], line["refused"]) == (NODES, NODES, 0)
         assert 0 <= line["accuracy"] <= 1
         assert 0 <= line["personalised-accuracy"] <= 1
         assert line["peak-mib"] > 0
@@ -106,8 +123,9 @@ def test_the_result_names_what_was_left_and_what_it_cost(run: Path) -> None:
     assert json.loads((run / "config.json").read_text())["num-server-rounds"] == ROUNDS
 
 
-def test_the_same_seed_gives_the_same_adapter(folder: Path, per_epoch: Path) -> None:
-    twin = spry_run(folder, "twin", "spry")
-    weights = [load_file(run / "adapter" / "adapter_model.safetensors") for run in (per_epoch, twin)]
-    assert weights[0].keys() == weights[1].keys()
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+def test_the_same_seed_gives_the_same_adapter_with_flower_and_in_one_process(folder: Path, per_iteration: Path) -> None:
+    """Other node ids, other processes, another order of replies."""
+    twin = in_one_process(folder, "spry-per-iteration")
+    weights = [load_file(run / "adapter" / "adapter_model.safetensors") for run in (per_iteration, twin)]
+    assert same(*weights)
+    assert [line["accuracy"] for line in lines(twin)] == [line["accuracy"] for line in lines(per_iteration)]
