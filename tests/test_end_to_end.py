@@ -1,8 +1,12 @@
 """`spry run` for real: SuperLink, Ray and virtual clients on a tiny model; and what a run leaves in each mode."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,7 @@ import torch
 from datasets import load_dataset
 from federation import LocalGrid, make_checkpoint, make_rows, same
 from flwr.app import Context, RecordDict
+from left_running import left_running
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -47,16 +52,17 @@ def run_config(folder: Path, method: str) -> dict[str, Any]:
     }
 
 
-def by_flower(folder: Path, method: str) -> Path:
-    """`spry run`; returns the folder of the run."""
+def by_flower(folder: Path, method: str, temporary: Path) -> subprocess.CompletedProcess[str]:
+    """`spry run` with `temporary` for its temporary files."""
     keys = " ".join(f"{key}={json.dumps(value)}" for key, value in run_config(folder, method).items())
     command = [sys.executable, "-m", "spry_app.cli", "run", "--nodes", str(NODES), "--run-config", keys]
-    done = subprocess.run(
-        [*command, "--output-dir", str(folder / "flower"), str(ROOT)], capture_output=True, text=True, timeout=240
+    return subprocess.run(
+        [*command, "--output-dir", str(folder / "flower"), str(ROOT)],
+        env=os.environ | {"TMPDIR": str(temporary)},
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    (run,) = (folder / "flower").iterdir()
-    return run
 
 
 def in_one_process(folder: Path, method: str) -> Path:
@@ -74,8 +80,23 @@ def per_epoch(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def per_iteration(folder: Path) -> Path:
-    return by_flower(folder, "spry-per-iteration")
+def temporary() -> Iterator[Path]:
+    """A directory with a short name: Ray puts sockets below it."""
+    folder = Path(tempfile.mkdtemp(prefix="s", dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path, temporary: Path) -> subprocess.CompletedProcess[str]:
+    return by_flower(folder, "spry-per-iteration", temporary)
+
+
+@pytest.fixture(scope="module")
+def per_iteration(folder: Path, finished: subprocess.CompletedProcess[str]) -> Path:
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    (run,) = (folder / "flower").iterdir()
+    return run
 
 
 @pytest.fixture(params=["per_epoch", "per_iteration"])
@@ -85,6 +106,18 @@ def run(request: pytest.FixtureRequest) -> Path:
 
 def lines(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_completed_run_shows_each_round_and_the_result_and_leaves_nothing_running(
+    finished: subprocess.CompletedProcess[str], per_iteration: Path, temporary: Path
+) -> None:
+    for line in lines(per_iteration)[1:]:
+        shown = f"Round {line['round']}/{ROUNDS}  loss {line['loss']:.3f}  accuracy {line['accuracy']:.1%}"
+        assert shown in finished.stdout
+    result = json.loads((per_iteration / "result.json").read_text())
+    assert f"{result['accuracy-before']:.1%} before, {result['accuracy-after']:.1%} after" in finished.stdout
+    assert f"{result['peak-mib']:.1f} MiB a client step" in finished.stdout
+    assert left_running(temporary) == [] and list(temporary.iterdir()) == []
 
 
 def test_every_round_leaves_a_line(run: Path) -> None:

@@ -103,6 +103,8 @@ def test_the_closing_table_says_why_a_run_ended_early(capsys: pytest.CaptureFixt
     result = {"accuracy-before": 0.1, "accuracy-after": 0.8, "peak-mib": None, "peak-mib-backprop": None}
     result |= {"rounds": 12, "seconds": 65.0, "stopped": "target-accuracy 0.8 reached in round 12"}
     Console().print(summary(result, tmp_path))
-    assert "target-accuracy 0.8 reached in round 12" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "target-accuracy 0.8 reached in round 12" in shown and "10.0% before, 80.0% after" in shown
+    assert "not measured with backprop" in shown
     Console().print(summary(result | {"stopped": None}, tmp_path))
     assert "ended" not in capsys.readouterr().out
