@@ -150,9 +150,9 @@ def test_saved_adapter_gives_the_same_logits_when_peft_loads_it(
     assert not torch.allclose(logits, _load(folder, kind=kind).logits({}, _inputs(adapted)), atol=1e-2)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*NEW, "none"])  # LoRA: test_every_method
 def test_two_rounds_of_a_federation_learn(tmp_path: Path, kind: str) -> None:
-    keys: dict[str, Any] = {"adapter.kind": kind, "client.local-steps": 12, "client.directions": 4}
+    keys: dict[str, Any] = {"adapter.kind": kind, "client.local-steps": 8, "client.directions": 4}
     keys |= {"client.micro-batch": 0, "client.learning-rate": 0.2, "method": "spry", "server.optimizer": "average"}
     federation = Federation(tmp_path, tiny_run(tmp_path) | keys)
     before = federation.strategy.snapshot()

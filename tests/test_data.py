@@ -1,30 +1,20 @@
-"""Rows on their way in: sources, columns, labels, shards. The embedded words are in test_household."""
+"""Rows on their way in: sources, columns, labels, what is refused. The embedded words are in test_household."""
 
 import json
-import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from rows import ROWS, Row, local, write
 
 from spry_app.config import DataConfig
-from spry_app.data import batches, label_names, load_corpus, load_shard
+from spry_app.data import label_names, load_corpus, load_shard
 from spry_app.data.household import INTENTS
-from spry_app.data.partition import shards
 from spry_app.errors import SpryError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
-Row = dict[str, Any]
-Write = Callable[..., str]
-
-ROWS: list[Row] = [
-    {"text": f"sentence {number}", "label": number % 3, "user": f"u{number * number % 11}"} for number in range(120)
-]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,16 +27,6 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def sentences(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write(tmp_path_factory.mktemp("rows") / "rows.jsonl", ROWS)
-
-
-def write(path: Path, rows: list[Row]) -> str:
-    table = datasets.Dataset.from_list(rows)
-    {".jsonl": table.to_json, ".csv": table.to_csv, ".parquet": table.to_parquet}[path.suffix](str(path))
-    return str(path)
-
-
-def local(source: str, **keys: Any) -> DataConfig:
-    return DataConfig(source=source, **{"partition": "iid", "natural_field": "user", **keys})
 
 
 # Sources
@@ -178,113 +158,6 @@ def test_a_nodes_file_without_a_shared_order_of_classes_is_refused(tmp_path: Pat
     own = write(tmp_path / "own.jsonl", ROWS[:4])
     with pytest.raises(SpryError, match=r"set data\.label-names, or data\.num-labels"):
         load_shard(DataConfig(source="/nowhere/to/be/found.jsonl"), 0, 0, 1, own)
-
-
-# Shards
-
-PARTITION = st.sampled_from(["iid", "dirichlet", "natural"])
-
-
-@settings(max_examples=60, deadline=None)
-@given(partition=PARTITION, equal=st.booleans(), alpha=st.sampled_from([0.05, 1.0, 100.0]), data=st.data())
-def test_every_row_is_in_exactly_one_shard_and_no_shard_is_empty(
-    sentences: str, partition: str, equal: bool, alpha: float, data: st.DataObject
-) -> None:
-    seed, count = data.draw(st.integers(0, 2**63 - 1)), data.draw(st.integers(1, 130))
-    config = local(sentences, partition=partition, equal_sizes=equal, alpha=alpha)
-    try:
-        found = shards(config, seed, count)
-    except SpryError as error:
-        assert "nodes" in str(error) and (count > 1)
-        return
-    assert len(found) == count and all(found)
-    assert sorted(row for shard in found for row in shard) == list(range(len(ROWS)))
-
-
-@settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 2**63 - 1), count=st.integers(1, 6))
-def test_a_natural_group_is_never_split(sentences: str, seed: int, count: int) -> None:
-    homes: dict[str, set[int]] = {}
-    for number, shard in enumerate(shards(local(sentences, partition="natural"), seed, count)):
-        for row in shard:
-            homes.setdefault(ROWS[row]["user"], set()).add(number)
-    assert all(len(numbers) == 1 for numbers in homes.values())
-
-
-@settings(max_examples=30, deadline=None)
-@given(holdout=st.floats(0, 0.99), seed=st.integers(0, 9), count=st.integers(1, 120), data=st.data())
-def test_held_out_rows_are_never_trained_on(
-    sentences: str, holdout: float, seed: int, count: int, data: st.DataObject
-) -> None:
-    index = data.draw(st.integers(0, count - 1))
-    config = local(sentences, holdout=holdout)
-    shard = load_shard(config, seed, index, count)
-    train, heldout = shard.train["text"][:], shard.heldout["text"][:]
-    assert sorted(train + heldout) == sorted(ROWS[row]["text"] for row in shards(config, seed, count)[index])
-    assert train and not set(train) & set(heldout)
-    assert bool(heldout) == (holdout > 0 and len(train) + len(heldout) > 1)
-
-
-@pytest.mark.parametrize("partition", ["iid", "dirichlet", "natural"])
-def test_a_shard_depends_on_seed_and_count_and_on_nothing_else(sentences: str, partition: str) -> None:
-    config = local(sentences, partition=partition)
-    first = load_shard(config, 1, 0, 4)
-    state, numpy_state = random.getstate(), str(np.random.get_state())
-    for seed, count in ((2, 4), (1, 3)):
-        assert set(shards(config, seed, count)[0]) != set(shards(config, 1, 4)[0])
-    assert load_shard(local(sentences), 1, 0, 1).heldout[:] != load_shard(local(sentences), 2, 0, 1).heldout[:]
-    shards.cache_clear()
-    load_corpus.cache_clear()
-    again = load_shard(config, 1, 0, 4)
-    assert again.train[:] == first.train[:] and again.heldout[:] == first.heldout[:]
-    assert (random.getstate(), str(np.random.get_state())) == (state, numpy_state)
-
-
-def test_a_small_alpha_makes_shards_less_alike() -> None:
-    def distance(alpha: float) -> float:
-        config = DataConfig(partition="dirichlet", alpha=alpha)
-        labels = load_corpus(config).train["label"][:]
-        overall = np.bincount(labels, minlength=12) / len(labels)
-        apart = []
-        for shard in shards(config, 0, 10):
-            own = np.bincount([labels[row] for row in shard], minlength=12) / len(shard)
-            apart.append(np.abs(own - overall).sum() / 2)
-        return float(np.mean(apart))
-
-    assert distance(0.1) > distance(1.0) + 0.1 > distance(100.0) + 0.2
-
-
-def test_equal_sizes_even_out_the_shards() -> None:
-    def spread(equal_sizes: bool) -> float:
-        config = DataConfig(partition="dirichlet", alpha=0.3, equal_sizes=equal_sizes)
-        return float(np.std([len(shard) for shard in shards(config, 0, 10)]))
-
-    assert spread(True) < 0.6 * spread(False)
-
-
-def test_three_hundred_nodes_get_a_household_each() -> None:
-    config = DataConfig()
-    groups = load_corpus(config).train["group"][:]
-    assert all(len({groups[row] for row in shard}) == 1 for shard in shards(config, 0, 300))
-
-
-# Order of batches
-
-
-@settings(max_examples=50, deadline=None)
-@given(count=st.integers(0, 200), batch_size=st.integers(1, 40), seed=st.tuples(st.integers(0, 2**63), st.integers(0)))
-def test_a_pass_visits_every_row_once_in_batches_of_the_size_asked(
-    count: int, batch_size: int, seed: tuple[int, int]
-) -> None:
-    visited = list(batches(count, batch_size, seed))
-    assert sorted(row for batch in visited for row in batch) == list(range(count))
-    assert all(len(batch) == batch_size for batch in visited[:-1])
-    assert visited == list(batches(count, batch_size, seed))
-
-
-def test_another_seed_gives_another_order() -> None:
-    orders = {str(list(batches(50, 8, seed))) for seed in [(0, 1), (1, 0), (1, 1), (0, 1, 0, 1)]}
-    assert len(orders) == 4
 
 
 # Bad input

@@ -1,22 +1,34 @@
-"""`spry run` for real: SuperLink, Ray and virtual clients on a tiny model; and what a run leaves behind."""
+"""`spry run` for real: SuperLink, Ray and virtual clients on a tiny model; and what a run leaves in each mode."""
 
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from datasets import load_dataset
-from federation import make_checkpoint, make_rows
+from federation import LocalGrid, make_checkpoint, make_rows, same
+from flwr.app import Context, RecordDict
+from left_running import left_running
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from spry_app.server.rebuild import rebuild
+from spry_app.server.run import run as serve
+
 ROOT = Path(__file__).parent.parent
 ROUNDS = 3
+NODES = 4
+OWN = "my_method:paired"
+"""The README's: scalars both ways."""
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +46,11 @@ def readme_method() -> str:
     """The README's example of a method of one's own: at most 40 lines, in a file outside the package."""
     (code,) = re.findall(r"```python\n(# my_method\.py.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(code.splitlines()) <= 40
-    return code
+    return str(code)
 
 
-def spry_run(folder: Path, output: str, method: str) -> Path:
-    """Run the app; returns the folder of the run."""
-    keys = {
+def run_config(folder: Path, method: str) -> dict[str, Any]:
+    return {
         "method": method,
         "model.name": str(folder / "tiny"),
         "data.source": str(folder / "train.jsonl"),
@@ -52,28 +63,53 @@ def spry_run(folder: Path, output: str, method: str) -> Path:
         "num-server-rounds": ROUNDS,
         "server.evaluate-every": 1,
     }
-    run_config = " ".join(f"{key}={json.dumps(value)}" for key, value in keys.items())
-    command = [sys.executable, "-m", "spry_app.cli", "run", "--nodes", "4", "--run-config", run_config]
-    done = subprocess.run(
-        [*command, "--output-dir", str(folder / output), str(ROOT)],
+
+
+def by_flower(folder: Path, method: str, temporary: Path) -> subprocess.CompletedProcess[str]:
+    """`spry run` with `temporary` for its temporary files."""
+    keys = " ".join(f"{key}={json.dumps(value)}" for key, value in run_config(folder, method).items())
+    command = [sys.executable, "-m", "spry_app.cli", "run", "--nodes", str(NODES), "--run-config", keys]
+    return subprocess.run(
+        [*command, "--output-dir", str(folder / "flower"), str(ROOT)],
+        env=os.environ | {"TMPDIR": str(temporary), "PYTHONPATH": str(folder / "own")},
         capture_output=True,
         text=True,
         timeout=240,
-        env=os.environ | {"PYTHONPATH": str(folder / "own")},
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    (run,) = (folder / output).iterdir()
-    return run
+
+
+def in_one_process(folder: Path, method: str) -> Path:
+    """What the ServerApp does, with the ClientApp called in its own process; returns the folder of the run."""
+    config = run_config(folder, method) | {"output-dir": str(folder / method)}
+    context = Context(run_id=7, node_id=0, node_config={}, state=RecordDict(), run_config=config)
+    serve(LocalGrid(NODES, config), context)  # type: ignore[arg-type]
+    return folder / method / "7"
 
 
 @pytest.fixture(scope="module")
 def per_epoch(folder: Path) -> Path:
-    return spry_run(folder, "per-epoch", "my_method:paired")
+    """Over a real SuperLink in test_deployment."""
+    return in_one_process(folder, "spry")
 
 
 @pytest.fixture(scope="module")
-def per_iteration(folder: Path) -> Path:
-    return spry_run(folder, "per-iteration", "spry-per-iteration")
+def temporary() -> Iterator[Path]:
+    """A directory with a short name: Ray puts sockets below it."""
+    folder = Path(tempfile.mkdtemp(prefix="s", dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path, temporary: Path) -> subprocess.CompletedProcess[str]:
+    return by_flower(folder, OWN, temporary)
+
+
+@pytest.fixture(scope="module")
+def per_iteration(folder: Path, finished: subprocess.CompletedProcess[str]) -> Path:
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    (run,) = (folder / "flower").iterdir()
+    return run
 
 
 @pytest.fixture(params=["per_epoch", "per_iteration"])
@@ -85,6 +121,18 @@ def lines(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_a_completed_run_shows_each_round_and_the_result_and_leaves_nothing_running(
+    finished: subprocess.CompletedProcess[str], per_iteration: Path, temporary: Path
+) -> None:
+    for line in lines(per_iteration)[1:]:
+        shown = f"Round {line['round']}/{ROUNDS}  loss {line['loss']:.3f}  accuracy {line['accuracy']:.1%}"
+        assert shown in finished.stdout
+    result = json.loads((per_iteration / "result.json").read_text())
+    assert f"{result['accuracy-before']:.1%} before, {result['accuracy-after']:.1%} after" in finished.stdout
+    assert f"{result['peak-mib']:.1f} MiB a client step" in finished.stdout
+    assert left_running(temporary) == [] and list(temporary.iterdir()) == []
+
+
 def test_every_round_leaves_a_line(run: Path) -> None:
     assert [line["round"] for line in lines(run)] == list(range(ROUNDS + 1))
     for before, after in zip(lines(run)[1:], lines(run)[2:], strict=False):
@@ -92,14 +140,10 @@ def test_every_round_leaves_a_line(run: Path) -> None:
         assert after["mib-down"] > before["mib-down"] > 0
         assert after["seconds"] > before["seconds"]
     for line in lines(run)[1:]:
-        assert (line["asked"], line["answered"], line["refused"]) == (4, 4, 0)
+        assert (line["asked"], line["answered"], line["refused"]) == (NODES, NODES, 0)
         assert 0 <= line["accuracy"] <= 1
         assert 0 <= line["personalised-accuracy"] <= 1
         assert line["peak-mib"] > 0
-
-
-def test_what_the_user_wrote_is_what_ran(per_epoch: Path) -> None:
-    assert json.loads((per_epoch / "config.json").read_text())["method"] == "my_method:paired"
 
 
 def test_the_adapter_scores_what_the_log_says(run: Path, folder: Path) -> None:
@@ -125,20 +169,21 @@ def test_the_result_names_what_was_left_and_what_it_cost(run: Path) -> None:
     assert json.loads((run / "config.json").read_text())["num-server-rounds"] == ROUNDS
 
 
-def test_the_scalars_alone_give_the_adapter(per_iteration: Path, tmp_path: Path) -> None:
-    """Rebuilt in another process than the server's, from what real clients sent through Ray."""
-    command = [sys.executable, "-m", "spry_app.cli", "rebuild", str(per_iteration / "slopes.jsonl")]
-    done = subprocess.run([*command, "--output", str(tmp_path)], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    rebuilt, kept = (
-        load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, per_iteration / "adapter")
-    )
-    assert rebuilt.keys() == kept.keys()
-    assert all(torch.equal(rebuilt[name], kept[name]) for name in kept)
+def test_the_scalars_alone_give_the_adapter(
+    per_iteration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What real clients sent through Ray, read in another process."""
+    monkeypatch.syspath_prepend(per_iteration.parents[1] / "own")
+    rebuild(per_iteration / "slopes.jsonl", tmp_path)
+    assert same(*(load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, per_iteration / "adapter")))
 
 
-def test_the_same_seed_gives_the_same_adapter(folder: Path, per_epoch: Path) -> None:
-    twin = spry_run(folder, "twin", "my_method:paired")
-    weights = [load_file(run / "adapter" / "adapter_model.safetensors") for run in (per_epoch, twin)]
-    assert weights[0].keys() == weights[1].keys()
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+def test_the_same_seed_gives_the_same_adapter_with_flower_and_in_one_process(
+    folder: Path, per_iteration: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other node ids, other processes, another order of replies; a method from outside the package."""
+    monkeypatch.syspath_prepend(folder / "own")
+    twin = in_one_process(folder, OWN)
+    weights = [load_file(run / "adapter" / "adapter_model.safetensors") for run in (per_iteration, twin)]
+    assert same(*weights)
+    assert [line["accuracy"] for line in lines(twin)] == [line["accuracy"] for line in lines(per_iteration)]

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable
 import pytest
 import torch
 import torch.nn.functional as F
+from broken_modules import WIDTH, Checkpointed, Detached, Doubled, Network, Tripled, four_bit
 from tiny_models import MODELS, tiny_batch, tiny_model, trainables
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint
 
 from spry_app.autodiff.directions import Seed, Tensors, direction
 from spry_app.autodiff.self_check import SelfTestError, self_test
@@ -24,29 +24,13 @@ from spry_app.autodiff.slopes import (
 )
 
 SEED = Seed(0, 0, 0, 0)
-WIDTH = 64
 LABELS = torch.tensor([0, 1, 2, 1])
 
 
-class _Network(nn.Module):
-    """Trained layers below and above a suspicious one: the upper one keeps the tangent of the loss alive."""
-
-    def __init__(self, middle: nn.Module) -> None:
-        super().__init__()
-        self.first, self.middle, self.head = nn.Linear(WIDTH, WIDTH), middle, nn.Linear(WIDTH, 3)
-        generator = torch.Generator().manual_seed(0)
-        for tensor in (*self.first.parameters(), *self.head.parameters()):
-            tensor.data = 0.2 * torch.randn(tensor.shape, generator=generator)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.head(torch.tanh(self.middle(torch.tanh(self.first(x)))))
-        return out
-
-
 def _problem(
-    middle: nn.Module, wrap: Callable[[_Network], nn.Module] = lambda network: network
+    middle: nn.Module, wrap: Callable[[Network], nn.Module] = lambda network: network
 ) -> tuple[Objective, Tensors, nn.Module]:
-    network = wrap(_Network(middle))
+    network = wrap(Network(middle))
     x = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(1))
     params = {name: p.detach() for name, p in network.named_parameters() if "middle" not in name}
     return lambda params: F.cross_entropy(functional_call(network, params, x), LABELS), params, network
@@ -73,77 +57,6 @@ def _true_slope(objective: Objective, params: Tensors) -> float:
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in params.items()}
     grads = torch.autograd.grad(objective(leaves), list(leaves.values()))
     return sum((g * v[n]).sum().item() for n, g in zip(leaves, grads, strict=True))
-
-
-def _four_bit() -> nn.Module:
-    """A stock 4-bit layer, quantised as it is moved to its device."""
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    layer = bitsandbytes.nn.Linear4bit(WIDTH, WIDTH, quant_type="nf4", compute_dtype=torch.float32)
-    generator = torch.Generator().manual_seed(2)
-    for tensor in layer.parameters():
-        tensor.data = 0.2 * torch.randn(tensor.shape, generator=generator)
-    quantised: nn.Module = layer.to("cpu")
-    assert quantised.weight.dtype == torch.uint8
-    return quantised
-
-
-class _Checkpointed(nn.Module):
-    """Activation checkpointing of the old, reentrant kind around the lower trained layer."""
-
-    def __init__(self, network: _Network) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor) -> Tensor:
-        network = self.network
-        with warnings.catch_warnings():  # "none of the inputs have requires_grad": a hint, no more
-            warnings.simplefilter("ignore")
-            hidden = checkpoint(lambda x: torch.tanh(network.first(x)), x, use_reentrant=True)
-        out: Tensor = network.head(hidden)
-        return out
-
-
-class _Double(torch.autograd.Function):
-    """y = 2 x with a wrong forward derivative, as a kernel's author might write it."""
-
-    @staticmethod
-    def forward(ctx: object, x: Tensor) -> Tensor:
-        return 2 * x
-
-    @staticmethod
-    def jvp(ctx: object, tangent: Tensor) -> Tensor:  # type: ignore[override]
-        return 1.5 * tangent
-
-
-class _Doubled(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = _Double.apply(x)
-        return out
-
-
-class _Triple(torch.autograd.Function):
-    """y = 3 x for backpropagation alone."""
-
-    @staticmethod
-    def forward(ctx: object, x: Tensor) -> Tensor:
-        return 3 * x
-
-
-class _Tripled(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = _Triple.apply(x)
-        return out
-
-
-class _Detached(nn.Module):
-    """Its child is right; it loses the tangent itself."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.from_numpy(self.inner(x).detach().numpy())
 
 
 def _functorch(batch: Batch, params: Tensors, directions: Iterable[Tensors]) -> tuple[float, list[float]]:
@@ -189,7 +102,7 @@ def test_one_kind_of_tensor_that_lost_its_slope_is_not_hidden_by_the_others(kind
 
 
 def test_silent_failure_one_functorch_loses_the_tangent_in_a_stock_4_bit_layer() -> None:
-    objective, params, network = _problem(_four_bit().train())
+    objective, params, network = _problem(four_bit().train())
     lower = {name: tensor for name, tensor in params.items() if "first" in name}
     v = direction(SEED, 0, lower)
     assert _functorch([Part(objective, 1.0)], lower, [v])[1] == [0.0], "no longer silent: this test can go"
@@ -199,7 +112,7 @@ def test_silent_failure_one_functorch_loses_the_tangent_in_a_stock_4_bit_layer()
 
 
 def test_silent_failure_two_the_4_bit_layer_repacked_for_the_cpu_loses_the_tangent() -> None:
-    middle = _four_bit().eval()
+    middle = four_bit().eval()
     if not middle.support_avx512bf16_for_cpu:
         pytest.skip("bitsandbytes repacks only on a CPU with AVX512-BF16")
     objective, params, network = _problem(middle)
@@ -226,7 +139,7 @@ def test_silent_failure_three_inference_mode() -> None:
 
 
 def test_silent_failure_four_reentrant_checkpointing() -> None:
-    objective, params, network = _problem(nn.Identity(), _Checkpointed)
+    objective, params, network = _problem(nn.Identity(), Checkpointed)
     slope = _slope(objective, params)
     truth = central_difference(1e-3)([Part(objective, 1.0)], params, [direction(SEED, 0, params)])[1][0]
     assert abs(slope - truth) > 0.1 * abs(truth), "no longer silent: this test can go"
@@ -251,22 +164,22 @@ def test_reentrant_checkpointing_of_a_transformer_is_named() -> None:
 
 
 def test_an_operation_that_refuses_forward_mode_is_named_too() -> None:
-    with pytest.raises(SelfTestError, match=r"missing.*'middle' \(_Tripled\).*no forward derivative"):
-        self_test(*_problem(_Tripled()))
+    with pytest.raises(SelfTestError, match=r"missing.*'middle' \(Tripled\).*no forward derivative"):
+        self_test(*_problem(Tripled()))
 
 
 def test_a_wrong_derivative_is_found_and_its_module_named() -> None:
-    with pytest.raises(SelfTestError, match=r"'middle' \(_Doubled\)"):
-        self_test(*_problem(_Doubled()))
+    with pytest.raises(SelfTestError, match=r"'middle' \(Doubled\)"):
+        self_test(*_problem(Doubled()))
 
 
 def test_a_module_that_loses_the_tangent_around_a_right_child_is_named_itself() -> None:
-    with pytest.raises(SelfTestError, match=r"'middle' \(_Detached\).*\.detach\(\)"):
-        self_test(*_problem(_Detached()))
+    with pytest.raises(SelfTestError, match=r"'middle' \(Detached\).*\.detach\(\)"):
+        self_test(*_problem(Detached()))
 
 
 def test_without_a_module_the_failure_is_still_an_error() -> None:
-    objective, params, _ = _problem(_Doubled())
+    objective, params, _ = _problem(Doubled())
     with pytest.raises(SelfTestError, match=r"'first\.weight'.*central-difference"):
         self_test(objective, params, None)
 
@@ -294,7 +207,7 @@ def test_a_tensor_that_the_model_never_reads_is_no_failure() -> None:
 
 
 def test_the_self_test_leaves_parameters_and_hooks_as_they_were() -> None:
-    objective, params, network = _problem(_Doubled())
+    objective, params, network = _problem(Doubled())
     before = {name: tensor.clone() for name, tensor in params.items()}
     with pytest.raises(SelfTestError):
         self_test(objective, params, network)

@@ -19,6 +19,8 @@ from spry_app.server.run import run
 from spry_app.server.stopping import LIMITS, Stopped, reached
 
 CLIENTS = 3
+Outcome = tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]
+"""result.json, the lines of metrics.jsonl and the adapter's tensors."""
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +30,7 @@ def run_config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return tiny_run(folder) | keys | {"data.test": str(make_rows(folder / "test.jsonl", 16, offset=500))}
 
 
-def result_of(run_config: dict[str, Any], folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
-    """result.json, the lines of metrics.jsonl and the adapter's tensors."""
+def result_of(run_config: dict[str, Any], folder: Path) -> Outcome:
     config = run_config | {"output-dir": str(folder)}
     context = Context(run_id=7, node_id=0, node_config={}, state=RecordDict(), run_config=config)
     run(LocalGrid(CLIENTS, config), context)  # type: ignore[arg-type]
@@ -38,13 +39,20 @@ def result_of(run_config: dict[str, Any], folder: Path) -> tuple[dict[str, Any],
     return result, lines, load_file(folder / "7" / "adapter" / "adapter_model.safetensors")
 
 
+@pytest.fixture(scope="module")
+def two_rounds(run_config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    return result_of(run_config | {"num-server-rounds": 2}, tmp_path_factory.mktemp("shorter"))
+
+
 @pytest.mark.parametrize("key", ["max-mib-up", "max-mib-down", "max-forwards"])
-def test_a_run_that_reaches_a_limit_is_the_shorter_run(key: str, run_config: dict, tmp_path: Path) -> None:
+def test_a_run_that_reaches_a_limit_is_the_shorter_run(
+    key: str, run_config: dict, two_rounds: Outcome, tmp_path: Path
+) -> None:
     """The limit lies between what is spent after one round and after two."""
-    shorter, spent, adapter = result_of(run_config | {"num-server-rounds": 2}, tmp_path / "shorter")
+    shorter, spent, adapter = two_rounds
     name = key.removeprefix("max-")
     limit = (spent[1][name] + spent[2][name]) / 2
-    result, lines, ended = result_of(run_config | {f"stop.{key}": limit}, tmp_path / "limited")
+    result, lines, ended = result_of(run_config | {f"stop.{key}": limit}, tmp_path)
     assert result["stopped"] == f"{key} {limit:g} reached in round 2"
     assert shorter["stopped"] is None
     assert result["rounds"] == len(lines) - 1 == 2
@@ -96,6 +104,8 @@ def test_the_closing_table_says_why_a_run_ended_early(capsys: pytest.CaptureFixt
     result = {"accuracy-before": 0.1, "accuracy-after": 0.8, "peak-mib": None, "peak-mib-backprop": None}
     result |= {"rounds": 12, "seconds": 65.0, "stopped": "target-accuracy 0.8 reached in round 12"}
     Console().print(summary(result, tmp_path))
-    assert "target-accuracy 0.8 reached in round 12" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "target-accuracy 0.8 reached in round 12" in shown and "10.0% before, 80.0% after" in shown
+    assert "not measured with backprop" in shown
     Console().print(summary(result | {"stopped": None}, tmp_path))
     assert "ended" not in capsys.readouterr().out

@@ -30,6 +30,3 @@ def main(grid: Grid, context: Context) -> None:
             raise ValueError("data.label-field is 'mood', and no row has it.")
         if ending == "hang":
             time.sleep(600)
-    result = {"accuracy-before": 0.125, "accuracy-after": 0.75, "peak-mib": 1.5, "peak-mib-backprop": None}
-    result |= {"rounds": rounds, "seconds": 65.0, "adapter": str(folder / "adapter"), "picture": ""}
-    (folder / "result.json").write_text(json.dumps(result))
