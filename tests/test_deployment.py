@@ -12,16 +12,17 @@ from pathlib import Path
 import pytest
 from federation import make_checkpoint, make_rows
 from left_running import left_running
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = {
-    "method": "spry",
+    "method": "spry-per-iteration",
     "num-server-rounds": 2,
     "data.num-labels": 2,
     "data.natural-field": "user",
     "adapter.rank": 4,
-    "client.directions": 8,
-    "client.local-epochs": 2,
+    "client.directions": 4,
+    "client.local-steps": 32,
     "client.batch-size": 4,
     "client.optimizer": "adam",
     "client.learning-rate": 0.05,
@@ -62,8 +63,13 @@ def test_two_nodes_with_data_of_their_own_train_one_model(tmp_path: Path, tempor
     (run,) = (tmp_path / "outputs").iterdir()
     result = json.loads((run / "result.json").read_text())
     assert result["accuracy-after"] > max(0.8, result["accuracy-before"])
-    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    *_, before, last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert (last["asked"], last["answered"], last["refused"]) == (2, 2, 0)
+    # The second message brings the head and the scalars of the first round: each comes to a new process, and what the
+    # node has learned before is with its SuperNode.
+    head = sum(4 * value.numel() for value in load_file(run / "exact.safetensors").values())
+    scalars = 2 * 4 * 32 * 8
+    assert 2 * (head + scalars) < (last["mib-down"] - before["mib-down"]) * 2**20 < 2 * (head + scalars + 1500)
     assert (run / "adapter" / "adapter_model.safetensors").exists()
     assert left_running(temporary) == []
     assert list(temporary.iterdir()) == []

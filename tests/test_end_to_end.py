@@ -88,7 +88,6 @@ def in_one_process(folder: Path, method: str) -> Path:
 
 @pytest.fixture(scope="module")
 def per_epoch(folder: Path) -> Path:
-    """Over a real SuperLink in test_deployment."""
     return in_one_process(folder, "spry")
 
 
