@@ -128,7 +128,7 @@ def parser(question: str) -> argparse.ArgumentParser:
     found.add_argument("--nodes", type=int, default=20, help="over which the rows are dealt")
     found.add_argument("--clients", type=int, default=4, help="a round")
     found.add_argument("--train-rows", type=int, default=4000, help="at most; 0: all")
-    found.add_argument("--choice-rows", type=int, default=600, help="of the training file, to choose step sizes on")
+    found.add_argument("--choice-rows", type=int, default=400, help="of the training file, to choose step sizes on")
     found.add_argument("--budget", type=float, default=0.0, help="forwards to compare at; 0: what all have spent")
     found.add_argument("--target", type=float, default=0.0, help="accuracy to reach; 0: half of the best one's gain")
     found.add_argument("--set", type=_pair, action="append", default=[], metavar="KEY=VALUE", help="of all runs")

@@ -21,6 +21,7 @@ import torch
 from flwr.serverapp import Grid
 
 from benchmarks.local_grid import LocalGrid, identify
+from spry_app.client.node import forget_nodes
 from spry_app.config import RunConfig, Scalar
 from spry_app.errors import SpryError
 from spry_app.server.run import federate
@@ -75,6 +76,7 @@ class Outcome:
 def measure(cell: Cell) -> Outcome:
     """Run the cell in this process, by the server's own `federate` and the real ClientApp."""
     started = time.monotonic()
+    forget_nodes()
     with tempfile.TemporaryDirectory(prefix="spry-cell-") as folder:
         try:
             config = RunConfig.from_flower(cell.run_config)

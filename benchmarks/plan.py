@@ -54,9 +54,11 @@ class Plan:
         )
 
     def searching(self, keys: Mapping[str, Scalar]) -> dict[str, Scalar]:
-        """A short run for choosing a step size, scored once on rows of the training file."""
+        """A short run for choosing a step size, scored on rows of the training file."""
         rounds = -(-self.rounds // SEARCH_PART)
-        return self._whole(keys, rounds, 1, SEARCH_SEED) | data_keys(self.data, self.split.train, self.split.choice)
+        return self._whole(keys, rounds, self.evaluations, SEARCH_SEED) | data_keys(
+            self.data, self.split.train, self.split.choice
+        )
 
     def _whole(self, keys: Mapping[str, Scalar], rounds: int, evaluations: int, seed: int) -> dict[str, Scalar]:
         method = METHOD_KEYS.get(str(keys.get("method", "")), {})
@@ -68,7 +70,8 @@ class Plan:
             **method,
             **keys,
         }
-        every = round(rounds * int(self.shared["client.local-steps"]) / int(whole["client.local-steps"]) / evaluations)
+        steps = rounds * int(self.shared["client.local-steps"]) / int(whole["client.local-steps"])
+        every = max(1, round(steps / evaluations))
         return whole | {
             "seed": seed,
             "num-server-rounds": every * evaluations,

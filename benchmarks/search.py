@@ -3,6 +3,7 @@ Where the rows for it come from is decided in rows.py.
 """
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,14 +69,16 @@ class Search:
 
     @property
     def best(self) -> float:
-        """The value with the lowest loss on the rows set apart."""
+        """The value with the lowest loss on the rows set apart, as a mean over the evaluations: one alone is at the
+        mercy of whose turn it was in its round.
+        """
         return min(self.tried, key=lambda value: _loss(self.tried[value]))
 
     def record(self) -> dict[str, Any]:
         tried = [
             {"value": value, "error": outcome.error}
             if outcome.error
-            else {"value": value, "loss": outcome.last["loss"], "accuracy": outcome.last["accuracy"]}
+            else {"value": value, "loss": _mean(outcome, "loss"), "accuracy": _mean(outcome, "accuracy")}
             for value, outcome in sorted(self.tried.items())
         ]
         return {"for": self.name, "key": self.key, "chosen": self.best, "tried": tried}
@@ -144,7 +147,12 @@ def _told(keys: Keys) -> str:
 
 
 def _loss(outcome: Outcome) -> float:
-    return math.inf if outcome.error or outcome.last["loss"] is None else float(outcome.last["loss"])
+    return math.inf if outcome.error else _mean(outcome, "loss")
+
+
+def _mean(outcome: Outcome, quantity: str) -> float:
+    """Over the evaluations after training has begun."""
+    return statistics.fmean(line[quantity] for line in outcome.curve[1:] if line[quantity] is not None)
 
 
 def _value(first: float, place: int) -> float:

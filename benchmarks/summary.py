@@ -106,13 +106,11 @@ def print_summary(summary: Summary, searches: Sequence[Search]) -> None:
     rows = [(name, *(_mean(figures[axis]) for axis in AXES)) for name, figures in summary.to_target.items()]
     _print(f"To an accuracy of {summary.target:.1%}", ("", *AXES), rows)
     heads = list(next(iter(summary.costs.values()), {}))
-    _print(
-        "A whole run",
-        ("", *heads),
-        [(name, *(f"{each[h]:.4g}" for h in heads)) for name, each in summary.costs.items()],
-    )
-    _print("Step sizes, by the loss on rows of the training file", ("", "key", "chosen", "loss at each value tried"),
-           [_searched(one) for one in searches])  # fmt: skip
+    rows = [(name, *(f"{cost[head]:.4g}" for head in heads)) for name, cost in summary.costs.items()]
+    _print("A whole run", ("", *heads), rows)
+    heads = ["", "key", "chosen", "loss at each value tried"]
+    title = "Step sizes, by the mean loss of a short run on rows of the training file"
+    _print(title, heads, [_searched(one) for one in searches])
     for name, errors in summary.errors.items():
         print(f"{name} failed: {errors[0]}")
 

@@ -77,3 +77,8 @@ def _load_node(config: RunConfig, path: str, file: str, index: int, count: int, 
     shard = load_shard(config.data, config.seed, index, count, file)
     encode = functools.partial(classification.encode, tokenizer=adapted.tokenizer, max_length=config.data.max_length)
     return Node(adapted, encode(shard.train), encode(shard.heldout), start, index, memory_mib)
+
+
+def forget_nodes() -> None:
+    """Let go of all nodes: a process that serves one run after the other would keep the rows and models of each."""
+    _load_node.cache_clear()
