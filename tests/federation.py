@@ -17,7 +17,7 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedTo
 from client_app import app as client_app
 from spry_app.config import RunConfig, Scalar
 from spry_app.data import label_names
-from spry_app.methods import get_method
+from spry_app.methods import Layout, get_method
 from spry_app.models import AdaptedModel, load_model
 from spry_app.protocol import to_arrays
 from spry_app.server.record import Recorder
@@ -144,7 +144,7 @@ class Federation:
         config = self.config
         self.strategy = SpryStrategy(
             config=config,
-            method=get_method(config),
+            method=get_method(config).on(Layout(self.adapted.depths(), len(self.adapted.blocks)), config.client),
             units=self.adapted.units,
             tensors=self.adapted.tensors(),
             fingerprint=self.adapted.fingerprint,

@@ -16,6 +16,7 @@ OWN_KEYS: dict[str, dict[str, Any]] = {
     # One step a round, by the server, where the others take four on every client.
     "fedsgd": {"num-server-rounds": 40, "server.learning-rate": 0.3, "server.head-learning-rate": 0.0},
     "fwdllm": {"client.candidates": 8},
+    "fedspzo": {"client.directions": 2, "client.upper-directions": 2},
 }
 OTHER_IDS = (5009, 5006, 5003)
 """Far from the usual node ids, and in the opposite order."""

@@ -9,6 +9,7 @@ from spry_app.autodiff.gradients import GRADIENTS, central
 from spry_app.config import RunConfig
 from spry_app.errors import SpryError
 from spry_app.methods.assignment import ASSIGNMENTS, Deal, cyclic_split
+from spry_app.methods.fit import Layout, as_it_is, cut_in_two
 from spry_app.methods.method import Method
 from spry_app.methods.pick import NEAREST
 
@@ -40,6 +41,7 @@ METHODS: dict[str, Method] = {
     "fwdllm": Method(gradient=central(1e-2), pick=NEAREST, paper="FwdLLM, arXiv:2308.13894"),
     # Our reading: normal directions and the h that goes with them, where the paper draws unit vectors.
     "fedzo": Method(gradient=_ONE_SIDED, paper="FedZO, arXiv:2201.09531"),
+    "fedspzo": Method(gradient=_CENTRAL, fit=cut_in_two(1e-3), reply="slopes", paper="FedSPZO, arXiv:2502.10239v2"),
 }
 
 
@@ -47,7 +49,7 @@ def get_method(config: RunConfig) -> Method:
     """The Method of a run: `method` names it; `gradient`, `assign` and `server.optimizer` replace choices of it."""
     changes: dict[str, Any] = {}
     if config.gradient:
-        changes["gradient"] = GRADIENTS[config.gradient]
+        changes |= {"gradient": GRADIENTS[config.gradient], "fit": as_it_is}
     if config.assign:
         changes["assign"] = ASSIGNMENTS[config.assign]
     if config.server.optimizer:
@@ -82,4 +84,4 @@ def load_object(path: str, key: str) -> Any:
         raise SpryError(f'{key}={path!r} cannot be imported ({error}). It must be "package.module:object".') from error
 
 
-__all__ = ["METHODS", "Deal", "Method", "get_method", "load_object"]
+__all__ = ["METHODS", "Deal", "Layout", "Method", "get_method", "load_object"]
