@@ -1,14 +1,15 @@
 """The method FedSPZO on small models: which blocks run, what the server rebuilds, which models are refused."""
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from federation import Federation, same, tiny_run
-from flwr.app import RecordDict
+from federation import Federation, LocalGrid, make_rows, same, tiny_run
+from flwr.app import Context, RecordDict
 from tiny_models import ALL_MODELS, tiny_base
 from torch import nn
 
@@ -27,6 +28,7 @@ from spry_app.errors import SpryError
 from spry_app.methods import METHODS, Layout, Method, get_method
 from spry_app.objectives import batch_of
 from spry_app.protocol import Task
+from spry_app.server.run import run
 
 P1, P2 = 3, 4
 SEED = Seed(1, 2, 3, 4)
@@ -179,3 +181,12 @@ def test_other_families_can_be_cut(keys: dict[str, Any], family: str, tmp_path: 
 def test_a_model_whose_blocks_are_no_sequence_is_refused(keys: dict[str, Any], family: str, tmp_path: Path) -> None:
     with pytest.raises(SpryError, match=r"model cannot be cut at block 1 \(.*client\.cut to another"):
         checked(keys, family, tmp_path)
+
+
+def test_a_run_fits_the_method_to_its_model_on_the_server_too(keys: dict[str, Any], tmp_path: Path) -> None:
+    test = make_rows(tmp_path / "test.jsonl", 16, offset=500)
+    own = keys | {"data.test": str(test), "output-dir": str(tmp_path / "outputs"), "client.cut": 2}
+    context = Context(run_id=7, node_id=0, node_config={}, state=RecordDict(), run_config=own)
+    run(LocalGrid(2, own), context)  # type: ignore[arg-type]
+    lines = (tmp_path / "outputs" / "7" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["answered"] for line in lines[1:]] == [2, 2]
