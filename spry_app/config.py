@@ -128,6 +128,10 @@ class ClientConfig(_Section):
     and dropout masks."""
     directions: Count = 8
     """Random directions averaged per batch (K in the papers)."""
+    cut: int = Field(0, ge=0)
+    """FedSPZO: number of the block at which the upper half of the model begins; 0 for the middle of the blocks."""
+    upper_directions: Count = 4
+    """FedSPZO: directions of the upper half for each of the `directions` of the lower one (P2 and P1 in the paper)."""
     candidates: Count = 32
     """FwdLLM: directions drawn for a batch, of which the `directions` nearest to the last update are used at most."""
     variance_threshold: float = Field(0.1, ge=0)
