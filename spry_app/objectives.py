@@ -1,12 +1,13 @@
 """A model, a task and some rows, as a function of the trainable tensors; and its score. Used by client and server."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from spry_app.autodiff.directions import Seed, Tensors
-from spry_app.autodiff.slopes import Objective, Part
+from spry_app.autodiff.slopes import Halves, Objective, Part
 from spry_app.autodiff.transfer import onto
 from spry_app.models import AdaptedModel, Entering
 from spry_app.protocol import Score
@@ -23,13 +24,37 @@ def objective(
     """Mean loss of some rows: a deterministic function, since its dropout masks depend on `seed` alone."""
     inputs = rows.batch(indices)
     labels = inputs.pop("labels")
-    masks = hash((seed.run, seed.round, seed.client, seed.step)) & (2**63 - 1)
+    masks = _masks(seed)
 
     def loss_of(params: Tensors) -> Tensor:
         logits = adapted.logits(params, inputs, dropout=masks, entering=entering)
         return classification.loss(logits, onto(labels, logits.device))
 
     return loss_of
+
+
+def halves(
+    adapted: AdaptedModel, rows: Encoded, indices: Sequence[int], seed: Seed, entering: Entering | None, cut: int
+) -> Halves:
+    """`objective` in two: up to block `cut`, and from there (or from `entering`, where that lies above it) to the loss.
+
+    Each half draws dropout masks of its own, the same at every call.
+    """
+    inputs = rows.batch(indices)
+    labels = inputs.pop("labels")
+
+    def lower(params: Tensors) -> Entering:
+        return adapted.prefix(inputs, cut, params, _masks(seed), entering)
+
+    def upper(params: Tensors, hidden: Entering) -> Tensor:
+        logits = adapted.logits(params, inputs, dropout=_masks(seed, 1), entering=hidden)
+        return classification.loss(logits, onto(labels, logits.device))
+
+    return Halves(lower, upper)
+
+
+def _masks(seed: Seed, *half: int) -> int:
+    return hash((seed.run, seed.round, seed.client, seed.step, *half)) & (2**63 - 1)
 
 
 def batch_of(
@@ -45,7 +70,11 @@ def batch_of(
     slices = [order[start : start + size] for start in range(0, len(order), size)]
     starts = prefix(slices) if prefix else [None] * len(slices)
     return [
-        Part(objective(adapted, rows, part, seed, start), len(part) / len(order))
+        Part(
+            objective(adapted, rows, part, seed, start),
+            len(part) / len(order),
+            functools.partial(halves, adapted, rows, part, seed, start),
+        )
         for part, start in zip(slices, starts, strict=True)
     ]
 

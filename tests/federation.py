@@ -13,7 +13,7 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedTo
 from benchmarks.local_grid import LocalGrid
 from spry_app.config import RunConfig
 from spry_app.data import label_names
-from spry_app.methods import get_method
+from spry_app.methods import Layout, get_method
 from spry_app.models import AdaptedModel, load_model
 from spry_app.protocol import to_arrays
 from spry_app.server.record import Recorder
@@ -97,7 +97,7 @@ class Federation:
         config = self.config
         self.strategy = SpryStrategy(
             config=config,
-            method=get_method(config),
+            method=get_method(config).on(Layout(self.adapted.depths(), len(self.adapted.blocks)), config.client),
             units=self.adapted.units,
             tensors=self.adapted.tensors(),
             fingerprint=self.adapted.fingerprint,

@@ -67,6 +67,13 @@ def test_what_lies_above_all_blocks_has_no_suffix() -> None:
     assert Cost(1, 2) + Cost(3) == Cost(4, 2)
 
 
+def test_a_pass_through_some_blocks_costs_those_of_them_that_are_not_kept() -> None:
+    """Two passes through the lower quarter and three through the rest; nothing, an eighth, a half, all kept."""
+    cost = Cost(1) + Cost(0, stretches=((2, 0.0, 0.25), (3, 0.25, 1.0)))
+    expected = [1 + 0.5 + 2.25, 0.875 + 0.25 + 2.25, 0.5 + 0 + 1.5, 0.0]
+    assert [cost.forwards(1.0, kept) for kept in (0.0, 0.125, 0.5, 1.0)] == expected
+
+
 @pytest.mark.parametrize(
     ("keys", "an_example"),
     [
@@ -79,6 +86,8 @@ def test_what_lies_above_all_blocks_has_no_suffix() -> None:
         ({"method": "decomfl"}, 5 + 1),
         ({"method": "fwdllm", "client.variance-threshold": 0.0}, 8 + 1),
         ({"method": "fwdllm", "client.variance-threshold": 1e9}, 2 * 2 + 1),  # two directions always
+        # Below the cut two passes for each of the four directions, above it two for each of their three.
+        ({"method": "fedspzo", "client.upper-directions": 3}, 0.5 * 2 * 4 + 0.5 * 2 * 4 * 3 + 1),
         ({"method": "fedavg"}, 2),
         ({"method": "fedavg", "gradient": "checkpointed-backprop"}, 3),
         ({"method": "fedsgd"}, 2),

@@ -17,7 +17,10 @@ OWN_KEYS: dict[str, dict[str, Any]] = {
     # One step a round, by the server, where the others take four on every client.
     "fedsgd": {"num-server-rounds": 40, "server.learning-rate": 0.3, "server.head-learning-rate": 0.0},
     "fwdllm": {"client.candidates": 8},
+    "fedspzo": {"client.directions": 2, "client.upper-directions": 2},
 }
+SLOPES_A_DIRECTION = {"fedspzo": 4}
+"""client.upper-directions of the upper half for each of the lower."""
 OTHER_IDS = (5009, 5006, 5003)
 """Far from the usual node ids, and in the opposite order."""
 
@@ -74,7 +77,7 @@ def test_what_travels_is_what_was_counted_by_hand(method: str, run_config: dict,
     tensors, units = federation.strategy.snapshot(), federation.strategy.units
     size = {unit: sum(tensors[name].numel() for name in names) for unit, names in units.items()}
     hands = [hand for r in (1, 2) for hand in federation.strategy.assign([0.0] * CLIENTS, r)]
-    scalars = 2 * 2 if row.reply == "slopes" else 0
+    scalars = 2 * 2 * SLOPES_A_DIRECTION.get(method, 1) if row.reply == "slopes" else 0
     trained = sum(size["head"] if scalars else sum(size[unit] for unit in hand) for hand in hands)
     logged = scalars * CLIENTS * (1 if row.seeds == "own" else 1 / CLIENTS) if row.send == "log" else 0
     sent = rounds * CLIENTS * (size["head"] if row.send == "log" else sum(size.values()))

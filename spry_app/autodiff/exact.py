@@ -7,7 +7,7 @@ import torch
 from spry_app.autodiff.costs import Cost
 from spry_app.autodiff.directions import Seed, Tensors
 from spry_app.autodiff.gradients import GRADIENTS, Estimate, Gradient
-from spry_app.autodiff.slopes import Batch, Part
+from spry_app.autodiff.slopes import Batch, Halves, Part
 
 
 def estimate_with_exact(
@@ -37,7 +37,8 @@ def estimate_with_exact(
     ]
     merged = {name: value for part in parts for name, value in part.gradient.items()}
     # The way back through what lies between the exact tensors and the loss is too short to count.
-    cost = Cost(sum(part.cost.passes for part in parts), parts[-1].cost.sweeps if rest else 0.0)
+    costs = [part.cost for part in parts]
+    cost = Cost(sum(c.passes for c in costs), costs[-1].sweeps if rest else 0.0, costs[-1].stretches)
     return Estimate(parts[-1].loss, {name: merged[name] for name in params}, parts[-1].slopes, cost)
 
 
@@ -46,6 +47,13 @@ def _holding(batch: Batch, fixed: Tensors) -> Batch:
         def objective(free: Tensors) -> torch.Tensor:
             return part.objective(fixed | free)
 
-        return Part(objective, part.weight)
+        def halves(cut: int) -> Halves:
+            assert part.halves is not None
+            whole = part.halves(cut)
+            return Halves(
+                lambda free: whole.lower(fixed | free), lambda free, hidden: whole.upper(fixed | free, hidden)
+            )
+
+        return Part(objective, part.weight, halves if part.halves else None)
 
     return [hold(part) for part in batch]

@@ -32,6 +32,8 @@ class Gradient:
 
     at_once: how many of the K directions may share a pass (see slopes.SlopeRule). combine: (slopes, seed, params) ->
     the gradient that they stand for; a server that was sent slopes gets the bits of the client that measured them.
+    slopes_per_direction: how many `estimate` and `combine` count for each of the K. cut: number of the block below
+    which every part of the batch must have halves; None where it takes whole objectives.
     """
 
     name: str
@@ -39,6 +41,8 @@ class Gradient:
     slopes: SlopeRule | None
     cost: CostOf
     combine: Combine = weighted_sum
+    slopes_per_direction: int = 1
+    cut: int | None = None
 
 
 def _from_slopes(name: str, rule: SlopeRule, cost: CostOf, combine: Combine = weighted_sum) -> Gradient:

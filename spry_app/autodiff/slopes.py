@@ -5,7 +5,7 @@ what is done with the slopes.
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.autograd.forward_ad as fwAD
@@ -24,11 +24,27 @@ class ForwardModeError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class Halves:
+    """An objective cut in two: loss = upper(tensors, lower(tensors)), each deterministic.
+
+    lower: what goes on at the cut, in whatever form upper takes it.
+    """
+
+    lower: Callable[[Tensors], Any]
+    upper: Callable[[Tensors, Any], Tensor]
+
+
+@dataclass(frozen=True)
 class Part:
-    """One micro-batch; the weights of a batch sum to 1 (examples of the part / examples of the batch)."""
+    """One micro-batch; the weights of a batch sum to 1 (examples of the part / examples of the batch).
+
+    halves: the objective cut below the block of that number; None where it cannot be cut. Dropout in the halves has
+    masks of its own.
+    """
 
     objective: Objective
     weight: float
+    halves: Callable[[int], Halves] | None = None
 
 
 Batch = Sequence[Part]
@@ -65,9 +81,9 @@ def forward_mode(
         measure = _one if len(chunk) == 1 else _together
         with torch.no_grad(), ForwardRules():
             pairs = [measure(part.objective, params, chunk) for part in batch]
-        losses.append(_mean(batch, [loss for loss, _ in pairs]))
-        slopes += _mean(batch, [tangents for _, tangents in pairs]).unbind()
-    return _numbers(losses[:1], slopes)
+        losses.append(mean_of(batch, [loss for loss, _ in pairs]))
+        slopes += mean_of(batch, [tangents for _, tangents in pairs]).unbind()
+    return numbers(losses[:1], slopes)
 
 
 def _one(objective: Objective, params: Tensors, directions: Sequence[Tensors]) -> tuple[Tensor, Tensor]:
@@ -111,9 +127,9 @@ def central_difference(h: float) -> SlopeRule:
         losses, slopes = [], []
         for direction in directions:
             above, below = (_losses(batch, moved(params, direction, step)) for step in (h, -h))
-            losses += [_mean(batch, above), _mean(batch, below)]
-            slopes.append(_mean(batch, [a - b for a, b in zip(above, below, strict=True)]) / (2 * h))
-        return _numbers(losses, slopes)
+            losses += [mean_of(batch, above), mean_of(batch, below)]
+            slopes.append(mean_of(batch, [a - b for a, b in zip(above, below, strict=True)]) / (2 * h))
+        return numbers(losses, slopes)
 
     return rule
 
@@ -128,8 +144,8 @@ def one_sided_difference(h: float) -> SlopeRule:
         slopes = []
         for direction in directions:
             above = _losses(batch, moved(params, direction, h))
-            slopes.append(_mean(batch, [a - b for a, b in zip(above, start, strict=True)]) / h)
-        return _numbers([_mean(batch, start)], slopes)
+            slopes.append(mean_of(batch, [a - b for a, b in zip(above, start, strict=True)]) / h)
+        return numbers([mean_of(batch, start)], slopes)
 
     return rule
 
@@ -162,12 +178,12 @@ def _losses(batch: Batch, params: Tensors) -> list[Tensor]:
         return [part.objective(params) for part in batch]
 
 
-def _mean(batch: Batch, values: Sequence[Tensor]) -> Tensor:
+def mean_of(batch: Batch, values: Sequence[Tensor]) -> Tensor:
     """The batch's value from those of its parts; stays on the device, so that no part waits for another."""
     return torch.stack([wide(value) * part.weight for part, value in zip(batch, values, strict=True)]).sum(0)
 
 
-def _numbers(losses: list[Tensor], slopes: list[Tensor]) -> tuple[float, list[float]]:
+def numbers(losses: list[Tensor], slopes: list[Tensor]) -> tuple[float, list[float]]:
     """The one point where the host waits for the device."""
     loss, *numbers = torch.stack([torch.stack(losses).mean(), *slopes]).tolist()
     return loss, numbers

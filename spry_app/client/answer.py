@@ -13,7 +13,7 @@ from spry_app.client.training import train as train_node
 from spry_app.client.trust import check_gradient
 from spry_app.config import RunConfig
 from spry_app.errors import SpryError
-from spry_app.methods import Method, get_method
+from spry_app.methods import Layout, Method, get_method
 from spry_app.methods.global_state import digest
 from spry_app.objectives import score
 from spry_app.protocol import Introduction, Score, Task, TrainReply, expected_fingerprint, refusal
@@ -31,6 +31,7 @@ def _answer(work: Work) -> Answer:
             method = get_method(config)
             node = load_node(config, context.node_config)
             _check_base(node.adapted.fingerprint, expected_fingerprint(message), config)
+            method = method.on(Layout(node.adapted.depths(), len(node.adapted.blocks)), config.client)
             check_gradient(node, method.gradient, most_at_once(node, config))
             return work(node, message, method, config, context.state).to_message(message)
         except SpryError as error:

@@ -36,14 +36,14 @@ class Step:
 
         Hidden states of the prefix cost where they are computed (prefix.py), not here.
         """
-        skipped = 0.0
+        kept = list[tuple[int, float]]()
 
         def entering(slices: Sequence[Sequence[int]]) -> list[Entering | None]:
-            nonlocal skipped
-            if self.prefix is None:
-                return [None] * len(slices)
-            starts = self.prefix.entering(slices)
-            skipped = sum(len(part) * start.depth for part, start in zip(slices, starts, strict=True) if start)
+            starts: list[Entering | None] = [None] * len(slices)
+            if self.prefix is not None:
+                starts = self.prefix.entering(slices)
+            for part, start in zip(slices, starts, strict=True):
+                kept.append((len(part), start.depth / len(self.node.adapted.blocks) if start else 0.0))
             return starts
 
         with workspace(self.slices.workspace_bytes):
@@ -51,5 +51,4 @@ class Step:
             estimate = estimate_with_exact(
                 self.gradient, batch, tensors, self.exact, seed, self.directions, self.slices.directions_at_once
             )
-        kept = skipped / (len(rows) * len(self.node.adapted.blocks)) if skipped else 0.0
-        return estimate, estimate.cost.forwards(self.suffix, kept) * len(rows)
+        return estimate, sum(examples * estimate.cost.forwards(self.suffix, part) for examples, part in kept)

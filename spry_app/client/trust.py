@@ -2,18 +2,25 @@
 
 from weakref import WeakKeyDictionary
 
+import torch
 from torch.nn import Module
 
-from spry_app.autodiff.directions import Seed
+from spry_app.autodiff.directions import Seed, direction
 from spry_app.autodiff.gradients import GRADIENTS, Gradient
 from spry_app.autodiff.self_check import SelfTestError, self_test, shared_pass_test
-from spry_app.autodiff.slopes import forward_mode
+from spry_app.autodiff.slopes import forward_mode, moved
 from spry_app.client.node import Node
 from spry_app.errors import SpryError
+from spry_app.models import NoPrefixError
 from spry_app.objectives import objective
 
 _trusted: WeakKeyDictionary[Module, bool] = WeakKeyDictionary()
 """Models that passed, and whether directions that share a pass were tested too."""
+_cuts: WeakKeyDictionary[Module, dict[int, str]] = WeakKeyDictionary()
+"""Blocks at which a model was cut for a trial, and why that fails; empty where it does not."""
+
+MOVE = 0.1
+"""Step of that trial: far above rounding."""
 
 
 def check_gradient(node: Node, gradient: Gradient, at_once: int) -> None:
@@ -28,6 +35,35 @@ def check_gradient(node: Node, gradient: Gradient, at_once: int) -> None:
             f"The blocks of this {node.adapted.model.config.model_type} model are not known, so nothing of it could be "
             'forgotten and computed again: set gradient to "backprop" or "forward-mode".'
         )
+    if gradient.cut is not None:
+        _check_cut(node, gradient.cut)
+
+
+def _check_cut(node: Node, cut: int) -> None:
+    """That the two halves make up the whole, with all tensors moved; tried once a process."""
+    known = _cuts.setdefault(node.adapted.model, {})
+    if cut not in known:
+        known[cut] = _cut_problem(node, cut)
+    if known[cut]:
+        raise SpryError(
+            f"This {node.adapted.model.config.model_type} model cannot be cut at block {cut} ({known[cut]}): set "
+            'client.cut to another block, adapter.bias to "none", or method to "fedmezo", which needs no cut.'
+        )
+
+
+@torch.no_grad()
+def _cut_problem(node: Node, cut: int) -> str:
+    adapted, inputs = node.adapted, node.train.batch(range(min(2, len(node.train))))
+    depths, here = adapted.depths(), adapted.tensors()
+    v = direction(Seed(run=0, round=0, client=0, step=0), 0, here)
+    low, high = (moved(here, {n: v[n] for n in here if (depths[n] < cut) is side}, MOVE) for side in (True, False))
+    whole = adapted.logits(moved(here, v, MOVE), inputs)
+    try:
+        joined = adapted.logits(high, inputs, entering=adapted.prefix(inputs, cut, low))
+    except NoPrefixError as error:
+        return str(error)
+    close = torch.allclose(whole, joined, rtol=1e-3, atol=1e-3 * float(whole.abs().max()))
+    return "" if close else "what happens above it depends on more than its hidden states"
 
 
 def _check_forward_mode(node: Node, at_once: int) -> None:

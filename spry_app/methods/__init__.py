@@ -9,6 +9,7 @@ from spry_app.autodiff.gradients import GRADIENTS, central, one_sided
 from spry_app.config import RunConfig
 from spry_app.errors import SpryError
 from spry_app.methods.assignment import ASSIGNMENTS, Deal, cyclic_split
+from spry_app.methods.fit import Layout, as_it_is, cut_in_two
 from spry_app.methods.method import Method
 from spry_app.methods.pick import NEAREST
 
@@ -43,18 +44,21 @@ METHODS: dict[str, Method] = {
     "decomfl": Method(
         gradient=one_sided(1e-3), reply="slopes", send="log", seeds="shared", paper="DeComFL, arXiv:2405.15861"
     ),
+    "fedspzo": Method(gradient=_CENTRAL, fit=cut_in_two(1e-3), reply="slopes", paper="FedSPZO, arXiv:2502.10239v2"),
 }
 
 
 def get_method(config: RunConfig) -> Method:
     """The Method of a run: `method` names it; `gradient`, `assign`, `send` and `server.optimizer` replace choices."""
-    choices: dict[str, tuple[str, Any]] = {
-        "gradient": (config.gradient, GRADIENTS.get(config.gradient)),
-        "assign": (config.assign, ASSIGNMENTS.get(config.assign)),
-        "send": (config.send, config.send),
-        "server_optimizer": (config.server.optimizer, config.server.optimizer),
-    }
-    changes = {field: value for field, (key, value) in choices.items() if key}
+    changes: dict[str, Any] = {}
+    if config.gradient:
+        changes |= {"gradient": GRADIENTS[config.gradient], "fit": as_it_is}
+    if config.assign:
+        changes["assign"] = ASSIGNMENTS[config.assign]
+    if config.send:
+        changes["send"] = config.send
+    if config.server.optimizer:
+        changes["server_optimizer"] = config.server.optimizer
     try:
         method = dataclasses.replace(_find(config.method), **changes)
     except ValueError as error:
@@ -91,4 +95,4 @@ def load_object(path: str, key: str) -> Any:
         raise SpryError(f'{key}={path!r} cannot be imported ({error}). It must be "package.module:object".') from error
 
 
-__all__ = ["METHODS", "Deal", "Method", "get_method", "load_object"]
+__all__ = ["METHODS", "Deal", "Layout", "Method", "get_method", "load_object"]

@@ -1,10 +1,12 @@
 """What a federated method is: a small value made of independent choices. Nothing here computes or communicates."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
 from spry_app.autodiff.gradients import Gradient
+from spry_app.config import ClientConfig
 from spry_app.methods.assignment import Assign, every_unit
+from spry_app.methods.fit import Fit, Layout, as_it_is
 from spry_app.methods.pick import FIRST, Pick
 from spry_app.optimizers import SERVER_OPTIMIZERS
 
@@ -14,6 +16,7 @@ class Method:
     """One federated method: a row of the table.
 
     gradient: how a client gets a gradient.
+    fit: what becomes of it on the model at hand.
     pick: which directions are used, and how many.
     assign: which client trains which units.
     reply: what travels up: "weights" of the trained units after local training; only the "slopes" (scalars), from
@@ -27,6 +30,7 @@ class Method:
     """
 
     gradient: Gradient
+    fit: Fit = as_it_is
     pick: Pick = FIRST
     assign: Assign = every_unit
     reply: Literal["weights", "slopes", "gradient"] = "weights"
@@ -56,3 +60,7 @@ class Method:
             raise ValueError('reply="gradient" needs a server_optimizer with a step size, e.g. "sgd", not "average".')
         if not self.paper:
             raise ValueError("A Method names its source: paper must not be empty.")
+
+    def on(self, layout: Layout, config: ClientConfig) -> Self:
+        """The method as it runs on a model, for server and clients alike. Raises what `fit` raises, SpryError."""
+        return replace(self, gradient=self.fit(self.gradient, layout, config), fit=as_it_is)

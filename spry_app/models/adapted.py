@@ -114,10 +114,34 @@ class AdaptedModel:
         return logits
 
     @torch.no_grad()
-    def prefix(self, inputs: Mapping[str, Tensor], depth: int) -> Entering:
-        """What enters block `depth`, with the tensors now loaded and without dropout. Raises NoPrefixError."""
-        batch = self._batch(inputs)
-        return Entering(depth, run_until(depth, lambda: self.model(**batch)))
+    def prefix(
+        self,
+        inputs: Mapping[str, Tensor],
+        depth: int,
+        params: Mapping[str, Tensor] | None = None,
+        dropout: int | None = None,
+        entering: Entering | None = None,
+    ) -> Entering:
+        """What enters block `depth`, or a block above it where `entering` is; see `logits`. Raises NoPrefixError."""
+        if entering is not None and entering.depth >= depth:
+            return entering
+        placed, batch = self._placed(params or {}), self._batch(inputs)
+
+        def run() -> None:
+            functional_call(self.model, placed, kwargs=batch, tie_weights=False)
+
+        with self._dropout(dropout):
+            return Entering(depth, run_until(depth, run, entering))
+
+    def depths(self) -> dict[str, int]:
+        """Trainable tensor -> its block; the number of blocks for the head and what else follows them all."""
+        found, passed = dict[str, int](), 0
+        for unit, names in self.units.items():
+            for name in names:
+                inside = any(name.startswith(f"{block}.") for block in self.blocks)
+                passed = len(self.blocks) if inside or unit == HEAD else passed
+                found[name] = depth_of(name, self.blocks) if inside else passed
+        return found
 
     def depth(self, names: Iterable[str]) -> int:
         """The lowest block with one of these tensors; the number of blocks if they are all the head's."""

@@ -37,7 +37,7 @@ class _Reached(Exception):
 
 @dataclass
 class _Pass:
-    """What a forward pass leaves out. stop: blocks that run before it ends; start: where it begins. One of the two."""
+    """What a forward pass leaves out. stop: the block before which it ends; start: where it begins."""
 
     stop: int | None = None
     start: Entering | None = None
@@ -74,12 +74,12 @@ def depth_of(name: str, blocks: tuple[str, ...]) -> int:
     return next((index for index, block in enumerate(blocks) if name.startswith(block + ".")), 0)
 
 
-def run_until(depth: int, run: Callable[[], object]) -> Tensor:
+def run_until(depth: int, run: Callable[[], object], entering: Entering | None = None) -> Tensor:
     """The hidden states that enter block `depth` when `run` calls the model, which stops there.
 
-    Raises NoPrefixError where the blocks are not a plain sequence.
+    entering: where the pass begins, below `depth`. Raises NoPrefixError where the blocks are not a plain sequence.
     """
-    with _passing(_Pass(stop=depth)):
+    with _passing(_Pass(stop=depth, start=entering)):
         try:
             run()
         except _Reached as reached:

@@ -10,10 +10,10 @@ from spry_app.autodiff.gradients import Gradient
 from spry_app.protocol import Tensors, TrainReply
 
 
-def problem(reply: TrainReply, asked: Mapping[str, torch.Tensor], steps: int, directions: int, most: float) -> str:
+def problem(reply: TrainReply, asked: Mapping[str, torch.Tensor], steps: int, slopes: int, most: float) -> str:
     """Why the reply must be refused; empty if it is fine.
 
-    asked: the tensors that must come as they are. steps, directions: the sizes of the scalars that must come (0, K:
+    asked: the tensors that must come as they are. steps, slopes: the sizes of the scalars that must come (0 steps:
     none). most: forward passes that an example can have taken in a step.
     """
     if not math.isfinite(reply.loss):
@@ -26,7 +26,7 @@ def problem(reply: TrainReply, asked: Mapping[str, torch.Tensor], steps: int, di
         return f"it was trained on {reply.examples} examples"
     if not 0 < reply.forwards <= reply.examples * most * (1 + 1e-6):
         return f"its {reply.examples} examples cannot have taken {reply.forwards} forward passes"
-    return _tensor_problem(reply.tensors, asked) or _slope_problem(reply, steps, directions)
+    return _tensor_problem(reply.tensors, asked) or _slope_problem(reply, steps, slopes)
 
 
 def most_forwards(gradient: Gradient, directions: int) -> float:
@@ -47,10 +47,10 @@ def _tensor_problem(tensors: Tensors, asked: Mapping[str, torch.Tensor]) -> str:
     return ""
 
 
-def _slope_problem(reply: TrainReply, steps: int, directions: int) -> str:
-    if len(reply.slopes) != steps or any(len(step) != directions for step in reply.slopes):
+def _slope_problem(reply: TrainReply, steps: int, slopes: int) -> str:
+    if len(reply.slopes) != steps or any(len(step) != slopes for step in reply.slopes):
         got = [len(step) for step in reply.slopes]
-        return f"it holds {got} slopes a step; asked for were {steps} steps of {directions}"
+        return f"it holds {got} slopes a step; asked for were {steps} steps of {slopes}"
     if not all(math.isfinite(slope) for step in reply.slopes for slope in step):
         return "a slope is not finite"
     return ""

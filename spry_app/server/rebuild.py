@@ -9,7 +9,7 @@ from spry_app.autodiff.directions import Tensors
 from spry_app.config import RunConfig
 from spry_app.data import label_names
 from spry_app.errors import SpryError
-from spry_app.methods import get_method
+from spry_app.methods import Layout, get_method
 from spry_app.methods.global_state import GlobalState
 from spry_app.models import load_model, save_adapter
 from spry_app.slope_log import exact_path, read
@@ -29,7 +29,8 @@ def rebuild(log: Path, folder: Path, model: str = "") -> int:
             f"The base model here is not that of the run (fingerprint {adapted.fingerprint[:12]}, the run had "
             f"{header['fingerprint'][:12]}): pin model.revision={config.model.revision!r}, or give its copy by --model."
         )
-    state = GlobalState(adapted.tensors(), adapted.units, get_method(config), config)
+    method = get_method(config).on(Layout(adapted.depths(), len(adapted.blocks)), config.client)
+    state = GlobalState(adapted.tensors(), adapted.units, method, config)
     for entry, _ in entries:
         state.follow(entry)
     if entries and state.exact:

@@ -14,7 +14,7 @@ from flwr.serverapp.strategy import Strategy
 from spry_app.config import RunConfig
 from spry_app.data import label_names, load_corpus
 from spry_app.errors import SpryError
-from spry_app.methods import get_method, load_object
+from spry_app.methods import Layout, get_method, load_object
 from spry_app.models import AdaptedModel, load_model, save_adapter
 from spry_app.objectives import score
 from spry_app.protocol import Score, from_arrays, to_arrays
@@ -60,6 +60,7 @@ def federate(grid: Grid, config: RunConfig, folder: Path) -> Federated:
     method = get_method(config)
     strategy_class = _strategy_class(config.strategy)
     adapted = load_model(config.model, config.adapter, len(label_names(config.data)), config.seed)
+    method = method.on(Layout(adapted.depths(), len(adapted.blocks)), config.client)
     test = _test_rows(config, adapted)
     recorder = Recorder(folder, config)
     strategy = strategy_class(

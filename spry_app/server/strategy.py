@@ -219,8 +219,9 @@ class SpryStrategy(Strategy):
         scalars = asked.keys() - as_they_are
         steps = local_steps(self.method, self.config.client) if scalars else 0
         tensors = {name: asked[name] for name in as_they_are}
-        directions = self.config.client.directions
-        return problem(reply, tensors, steps, directions, most_forwards(self.gradient(task), directions))
+        gradient, directions = self.gradient(task), self.config.client.directions
+        slopes = directions * gradient.slopes_per_direction
+        return problem(reply, tensors, steps, slopes, most_forwards(gradient, directions))
 
     def _check(self, message: Message) -> None:
         """Whether the node has followed and answered. Raises MalformedReply."""

@@ -1,20 +1,12 @@
-"""Every run-config key: its meaning, unit, default and check. Nothing here loads a model or reads a file.
-
-Flower hands the configuration over as one flat dict (`{"client.learning-rate": 0.1}`) of int, float, bool and str;
-an empty string stands for "not set".
+"""The sections of the run config: meaning, unit, default and check of every key. Nothing here reads what Flower hands
+over (run.py), loads a model or opens a file.
 """
 
-import difflib
 import math
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from pydantic.fields import FieldInfo
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from spry_app.errors import SpryError
-
-Scalar = int | float | bool | str
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -32,17 +24,17 @@ def _check_budget(value: object) -> object:
 Budget = Annotated[int | float | str, BeforeValidator(_check_budget)]
 
 
-def _kebab(name: str) -> str:
+def kebab(name: str) -> str:
     return name.replace("_", "-")
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
     model_config = ConfigDict(
-        frozen=True, strict=True, extra="forbid", alias_generator=_kebab, populate_by_name=True, protected_namespaces=()
+        frozen=True, strict=True, extra="forbid", alias_generator=kebab, populate_by_name=True, protected_namespaces=()
     )
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     name: str = Field("minilm", min_length=1)
     """Checkpoint for sequence classification: a Hub name, a local path, or "minilm" (extra `demo`)."""
     revision: str = ""
@@ -55,7 +47,7 @@ class ModelConfig(_Section):
     """Where a client computes: "auto" (CUDA if there is one), "cpu", "cuda", "cuda:1"."""
 
 
-class AdapterConfig(_Section):
+class AdapterConfig(Section):
     """What is trained beside the head. A key that its kind does not use must stay at its default (ADAPTER_KEYS)."""
 
     kind: Literal["lora", "ia3", "bitfit", "none"] = "lora"
@@ -82,7 +74,7 @@ ADAPTER_KEYS: dict[str, frozenset[str]] = {
 """adapter.kind -> the other keys of `adapter` that it uses."""
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     source: str = Field("household", min_length=1)
     """"household" (embedded), a local .jsonl/.csv/.parquet file, or a Hub name."""
     config: str = ""
@@ -111,7 +103,7 @@ class DataConfig(_Section):
     """Part of every shard kept back to measure personalised accuracy."""
 
 
-class ClientConfig(_Section):
+class ClientConfig(Section):
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     learning_rate: StepSize = 1e-2
     head_learning_rate: float = Field(0.0, ge=0)
@@ -128,6 +120,10 @@ class ClientConfig(_Section):
     and dropout masks."""
     directions: Count = 8
     """Random directions averaged per batch (K in the papers)."""
+    cut: int = Field(0, ge=0)
+    """FedSPZO: number of the block at which the upper half of the model begins; 0 for the middle of the blocks."""
+    upper_directions: Count = 4
+    """FedSPZO: directions of the upper half for each of the `directions` of the lower one (P2 and P1 in the paper)."""
     candidates: Count = 32
     """FwdLLM: directions drawn for a batch, of which the `directions` nearest to the last update are used at most."""
     variance_threshold: float = Field(0.1, ge=0)
@@ -145,7 +141,7 @@ class ClientConfig(_Section):
     """Disk, in the folder TMPDIR, for hidden states that do not fit in `prefix-cache-mib`."""
 
 
-class ServerConfig(_Section):
+class ServerConfig(Section):
     optimizer: Literal["", "average", "sgd", "momentum", "adagrad", "adam", "yogi"] = ""
     """Step on the mean of the replies; empty for the method's own. "average" takes the mean as it is."""
     learning_rate: StepSize = 8e-3
@@ -173,7 +169,7 @@ class ServerConfig(_Section):
     """Rounds between two evaluations; the last round is always evaluated."""
 
 
-class StopConfig(_Section):
+class StopConfig(Section):
     """Ends a run after the round in which a limit is reached; 0 sets none. That round is evaluated like the last."""
 
     max_mib_up: Limit = 0.0
@@ -186,113 +182,3 @@ class StopConfig(_Section):
     """Since the server process began with the run."""
     target_accuracy: Fraction = 0.0
     """Of the global model, in a round that is evaluated (`server.evaluate-every`)."""
-
-
-class RunConfig(_Section):
-    """One run. `RunConfig.from_flower` is the way in; `defaults()` is what pyproject.toml repeats."""
-
-    method: str = Field("spry-per-iteration", min_length=1)
-    """Row of the method table, or "package.module:object" for a Method of your own."""
-    strategy: str = ""
-    """"package.module:Class" for a Flower Strategy of your own, made with the arguments of SpryStrategy."""
-    gradient: Literal[
-        "", "forward-mode", "central-difference", "one-sided-difference", "backprop", "checkpointed-backprop"
-    ] = ""
-    """How a client gets a gradient; empty for the method's own. Central differences are taken over a step of 1e-3,
-    one-sided ones over 1e-4, whatever the method's own step."""
-    assign: Literal["", "every-unit", "cyclic", "by-depth"] = ""
-    """Which client trains which units: all of them, dealt like cards (SPRY), or bands of neighbours with the upper ones
-    for the nodes that state the least memory. Empty for the method's own."""
-    send: Literal["", "weights", "log"] = ""
-    """What travels down in a method whose clients reply with slopes: every tensor, or the slopes of the rounds that a
-    client has missed, from which it rebuilds them. Empty for the method's own."""
-    head: Literal["shared", "split"] = "shared"
-    """The classification head goes to every client, or is dealt like any other unit."""
-    head_gradient: Literal["exact", "forward"] = "exact"
-    """The head's gradient where the method uses slopes: by a backward pass through the head alone (one more forward
-    pass, nothing else stored), or perturbed like every other unit, as SPRY was published."""
-    num_server_rounds: Count = 40
-    seed: int = Field(0, ge=0, lt=2**63)
-    output_dir: str = Field("outputs", min_length=1)
-    """Where outputs/<run id>/ is made; relative to the directory of the server process."""
-    model: ModelConfig = ModelConfig()
-    adapter: AdapterConfig = AdapterConfig()
-    data: DataConfig = DataConfig()
-    client: ClientConfig = ClientConfig()
-    server: ServerConfig = ServerConfig()
-    stop: StopConfig = StopConfig()
-
-    @model_validator(mode="after")
-    def _adapter_keys_are_used(self) -> Self:
-        kind, default = self.adapter.kind, AdapterConfig()
-        for name in AdapterConfig.model_fields:
-            got, usual = getattr(self.adapter, name), getattr(default, name)
-            if name not in ADAPTER_KEYS[kind] | {"kind"} and got != usual:
-                raise ValueError(
-                    f"adapter.{name} is {got!r}, which adapter.kind {kind!r} does not use; leave it {usual!r}"
-                )
-        return self
-
-    def evaluates(self, round_: int) -> bool:
-        """Whether a round is evaluated: every `server.evaluate-every` rounds, before the first and after the last."""
-        return round_ == self.num_server_rounds or round_ % self.server.evaluate_every == 0
-
-    @classmethod
-    def from_flower(cls, flat: Mapping[str, Any]) -> Self:
-        """Check Flower's flat run config. Raises SpryError naming every key that is wrong."""
-        known = dict(keys(cls))
-        unknown = [_unknown_key(key, known) for key in flat if key not in known]
-        if unknown:
-            raise SpryError("\n".join(unknown))
-        nested: dict[str, Any] = {}
-        for key, value in flat.items():
-            *sections, name = key.split(".")
-            target = nested
-            for section in sections:
-                target = target.setdefault(section, {})
-            target[name] = value
-        try:
-            return cls.model_validate(nested)
-        except ValidationError as error:
-            raise SpryError("\n".join(_sentence(problem) for problem in error.errors())) from None
-
-    def flat(self) -> dict[str, Scalar]:
-        """As Flower writes it: kebab-case, dotted."""
-        return dict(_flatten(self))
-
-    @classmethod
-    def defaults(cls) -> dict[str, Scalar]:
-        return cls().flat()
-
-
-def keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every key with its pydantic field, in order."""
-    for name, info in section.model_fields.items():
-        key = prefix + _kebab(name)
-        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
-            yield from keys(info.annotation, key + ".")
-        else:
-            yield key, info
-
-
-def _flatten(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, Scalar]]:
-    for name in type(section).model_fields:
-        value = getattr(section, name)
-        if isinstance(value, BaseModel):
-            yield from _flatten(value, f"{prefix}{_kebab(name)}.")
-        else:
-            yield prefix + _kebab(name), value
-
-
-def _unknown_key(key: str, known: Mapping[str, FieldInfo]) -> str:
-    near = difflib.get_close_matches(key, known, n=1) or [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
-    hint = f"Did you mean {near[0]!r}?" if near else "Known keys are listed in pyproject.toml."
-    return f"Unknown run-config key {key!r}. {hint}"
-
-
-def _sentence(problem: Any) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
-    message = problem["msg"].removeprefix("Value error, ")
-    if not key:
-        return f"Run config: {message}."
-    return f"Run-config key {key!r} is {problem['input']!r}: {message[0].lower()}{message[1:]}."

@@ -1,0 +1,25 @@
+"""Every run-config key: its meaning, unit, default and check. Nothing here loads a model or reads a file."""
+
+from spry_app.config.run import RunConfig, Scalar, keys
+from spry_app.config.sections import (
+    ADAPTER_KEYS,
+    AdapterConfig,
+    ClientConfig,
+    DataConfig,
+    ModelConfig,
+    ServerConfig,
+    StopConfig,
+)
+
+__all__ = [
+    "ADAPTER_KEYS",
+    "AdapterConfig",
+    "ClientConfig",
+    "DataConfig",
+    "ModelConfig",
+    "RunConfig",
+    "Scalar",
+    "ServerConfig",
+    "StopConfig",
+    "keys",
+]

@@ -1,0 +1,138 @@
+"""The whole run config: its top keys, and the way in and out of Flower's flat dict. Sections are in sections.py.
+
+Flower hands the configuration over as one flat dict (`{"client.learning-rate": 0.1}`) of int, float, bool and str;
+an empty string stands for "not set".
+"""
+
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+from spry_app.config.sections import (
+    ADAPTER_KEYS,
+    AdapterConfig,
+    ClientConfig,
+    Count,
+    DataConfig,
+    ModelConfig,
+    Section,
+    ServerConfig,
+    StopConfig,
+    kebab,
+)
+from spry_app.errors import SpryError
+
+Scalar = int | float | bool | str
+
+
+class RunConfig(Section):
+    """One run. `RunConfig.from_flower` is the way in; `defaults()` is what pyproject.toml repeats."""
+
+    method: str = Field("spry-per-iteration", min_length=1)
+    """Row of the method table, or "package.module:object" for a Method of your own."""
+    strategy: str = ""
+    """"package.module:Class" for a Flower Strategy of your own, made with the arguments of SpryStrategy."""
+    gradient: Literal[
+        "", "forward-mode", "central-difference", "one-sided-difference", "backprop", "checkpointed-backprop"
+    ] = ""
+    """How a client gets a gradient; empty for the method's own. Central differences are taken over a step of 1e-3,
+    one-sided ones over 1e-4, whatever the method's own step."""
+    assign: Literal["", "every-unit", "cyclic", "by-depth"] = ""
+    """Which client trains which units: all of them, dealt like cards (SPRY), or bands of neighbours with the upper ones
+    for the nodes that state the least memory. Empty for the method's own."""
+    send: Literal["", "weights", "log"] = ""
+    """What travels down in a method whose clients reply with slopes: every tensor, or the slopes of the rounds that a
+    client has missed, from which it rebuilds them. Empty for the method's own."""
+    head: Literal["shared", "split"] = "shared"
+    """The classification head goes to every client, or is dealt like any other unit."""
+    head_gradient: Literal["exact", "forward"] = "exact"
+    """The head's gradient where the method uses slopes: by a backward pass through the head alone (one more forward
+    pass, nothing else stored), or perturbed like every other unit, as SPRY was published."""
+    num_server_rounds: Count = 40
+    seed: int = Field(0, ge=0, lt=2**63)
+    output_dir: str = Field("outputs", min_length=1)
+    """Where outputs/<run id>/ is made; relative to the directory of the server process."""
+    model: ModelConfig = ModelConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    data: DataConfig = DataConfig()
+    client: ClientConfig = ClientConfig()
+    server: ServerConfig = ServerConfig()
+    stop: StopConfig = StopConfig()
+
+    @model_validator(mode="after")
+    def _adapter_keys_are_used(self) -> Self:
+        kind, default = self.adapter.kind, AdapterConfig()
+        for name in AdapterConfig.model_fields:
+            got, usual = getattr(self.adapter, name), getattr(default, name)
+            if name not in ADAPTER_KEYS[kind] | {"kind"} and got != usual:
+                raise ValueError(
+                    f"adapter.{name} is {got!r}, which adapter.kind {kind!r} does not use; leave it {usual!r}"
+                )
+        return self
+
+    def evaluates(self, round_: int) -> bool:
+        """Whether a round is evaluated: every `server.evaluate-every` rounds, before the first and after the last."""
+        return round_ == self.num_server_rounds or round_ % self.server.evaluate_every == 0
+
+    @classmethod
+    def from_flower(cls, flat: Mapping[str, Any]) -> Self:
+        """Check Flower's flat run config. Raises SpryError naming every key that is wrong."""
+        known = dict(keys(cls))
+        unknown = [_unknown_key(key, known) for key in flat if key not in known]
+        if unknown:
+            raise SpryError("\n".join(unknown))
+        nested: dict[str, Any] = {}
+        for key, value in flat.items():
+            *sections, name = key.split(".")
+            target = nested
+            for section in sections:
+                target = target.setdefault(section, {})
+            target[name] = value
+        try:
+            return cls.model_validate(nested)
+        except ValidationError as error:
+            raise SpryError("\n".join(_sentence(problem) for problem in error.errors())) from None
+
+    def flat(self) -> dict[str, Scalar]:
+        """As Flower writes it: kebab-case, dotted."""
+        return dict(_flatten(self))
+
+    @classmethod
+    def defaults(cls) -> dict[str, Scalar]:
+        return cls().flat()
+
+
+def keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every key with its pydantic field, in order."""
+    for name, info in section.model_fields.items():
+        key = prefix + kebab(name)
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            yield from keys(info.annotation, key + ".")
+        else:
+            yield key, info
+
+
+def _flatten(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, Scalar]]:
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            yield from _flatten(value, f"{prefix}{kebab(name)}.")
+        else:
+            yield prefix + kebab(name), value
+
+
+def _unknown_key(key: str, known: Mapping[str, FieldInfo]) -> str:
+    near = difflib.get_close_matches(key, known, n=1) or [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
+    hint = f"Did you mean {near[0]!r}?" if near else "Known keys are listed in pyproject.toml."
+    return f"Unknown run-config key {key!r}. {hint}"
+
+
+def _sentence(problem: Any) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    message = problem["msg"].removeprefix("Value error, ")
+    if not key:
+        return f"Run config: {message}."
+    return f"Run-config key {key!r} is {problem['input']!r}: {message[0].lower()}{message[1:]}."
