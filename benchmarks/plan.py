@@ -15,10 +15,10 @@ TOP_BLOCKS = ",".join(f"{block}.attention.self.{name}" for block in (4, 5) for n
 METHOD_KEYS: dict[str, dict[str, Scalar]] = {
     "spry-per-iteration": {"client.local-steps": 1},
     "fedsgd": {"client.local-steps": 1},
-    "fedspzo": {"client.cut": 5},
+    "fedspzo": {"client.cut": 5, "client.directions": 2, "client.upper-directions": 2},
 }
 """What belongs to a method's definition but is not in its row: the first two talk to the server after every batch, and
-FedSPZO cuts between the two blocks that are trained."""
+FedSPZO cuts between the two blocks that are trained, and has as many slopes as the others."""
 
 
 @dataclass(frozen=True)
