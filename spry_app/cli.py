@@ -24,7 +24,10 @@ def _spry(version: Annotated[bool, typer.Option("--version", help="Print the ver
 @app.command("run")
 def run_command(
     app_dir: Annotated[Path, typer.Argument(help="Folder of the Flower app, with its pyproject.toml.")] = Path("."),
-    nodes: Annotated[int, typer.Option(min=1, help="Number of virtual devices.")] = 10,
+    nodes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Number of virtual devices: 10, or with --resume as many as there were."),
+    ] = None,
     run_config: Annotated[
         list[str] | None,
         typer.Option(
@@ -44,6 +47,13 @@ def run_command(
     output_dir: Annotated[
         Path | None, typer.Option(help="Where a folder for the run is made; overrides the key output-dir.")
     ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of a run that ended early, or that is to have more rounds (-c num-server-rounds=80): "
+            "goes on after its last round, with its settings, and writes into the same folder."
+        ),
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the log of the run as well.")] = False,
 ) -> None:
     """Run the app on virtual devices on this machine and follow it to its end.
@@ -51,19 +61,20 @@ def run_command(
     Starts a Flower SuperLink of its own and stops it again, whatever happens. Exit status: 0 if the run completed,
     1 if it failed, 2 if it could not be started as asked, 130 after Ctrl-C.
     """
-    from spry_app.launcher.settings import Simulation
+    from spry_app.launcher.settings import Simulation, resumed_nodes
     from spry_app.launcher.simulation import run
 
-    simulation = Simulation(
-        app=app_dir,
-        nodes=nodes,
-        run_config=run_config or (),
-        federation_config=federation_config or (),
-        gpus_per_client=gpus_per_client,
-        output_dir=output_dir,
-        verbose=verbose,
-    )
     try:
+        simulation = Simulation(
+            app=app_dir,
+            nodes=nodes or (resumed_nodes(resume) if resume else 10),
+            run_config=run_config or (),
+            federation_config=federation_config or (),
+            gpus_per_client=gpus_per_client,
+            output_dir=output_dir,
+            resume=resume,
+            verbose=verbose,
+        )
         status = run(simulation, Console())
     except SpryError as error:
         print(error, file=sys.stderr)

@@ -3,6 +3,7 @@ message and as lines of a file. What they stand for is decided elsewhere (method
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,22 +84,24 @@ def unpack(counts: Sequence[int], slopes: Sequence[float]) -> tuple[Entry, ...]:
 class SlopeLog:
     """The file of a run: a header, then a line a round, only ever appended to.
 
-    Tensors that no scalar stands for are in a file beside it, as they are after the last line.
+    Tensors that no scalar stands for are in a file beside it, as they are after the last line. entries: of the rounds
+    before, with their digests, where a run goes on.
     """
 
-    def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, header: Mapping[str, Any], entries: Sequence[tuple[Entry, str]] = ()) -> None:
         self._path = path
-        path.write_text(json.dumps({"format": FORMAT, **header}) + "\n")
+        fresh = path.with_suffix(".new")
+        fresh.write_text("".join([json.dumps({"format": FORMAT, **header}) + "\n", *(_line(*e) for e in entries)]))
+        fresh.replace(path)
 
     def append(self, entry: Entry, digest: str, exact: dict[str, Tensor]) -> None:
         """digest: of all tensors after the round. exact: those that no scalar stands for."""
-        counts, slopes = pack([entry])
         if exact:
             beside, fresh = exact_path(self._path), exact_path(self._path).with_suffix(".new")
             save_file(exact, fresh)
             fresh.replace(beside)
         with self._path.open("a") as file:
-            file.write(json.dumps({"round": entry.round, "digest": digest, "counts": counts, "slopes": slopes}) + "\n")
+            file.write(_line(entry, digest))
 
 
 def exact_path(log: Path) -> Path:
@@ -106,8 +109,8 @@ def exact_path(log: Path) -> Path:
     return log.with_name("exact.safetensors")
 
 
-def read(path: Path) -> tuple[dict[str, Any], list[tuple[Entry, str]]]:
-    """Header, and entries with their digests. A last line that was cut short is left out.
+def read(path: Path, until: float = math.inf) -> tuple[dict[str, Any], list[tuple[Entry, str]]]:
+    """Header, and entries with their digests, to round `until`. A last line that was cut short is left out.
 
     Raises SpryError where the file is not a slope log.
     """
@@ -116,9 +119,15 @@ def read(path: Path) -> tuple[dict[str, Any], list[tuple[Entry, str]]]:
         header = json.loads(first)
         if header["format"] != FORMAT:
             raise ValueError(f"its format is {header['format']!r}, not {FORMAT!r}")
-        return header, [_entry(json.loads(line)) for line in lines[:-1]]  # what follows the last end of line is cut
+        entries = [_entry(json.loads(line)) for line in lines[:-1]]  # what follows the last end of line was cut short
+        return header, [found for found in entries if found[0].round <= until]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SpryError(f"{path} is not a slope log ({error}); it must be the slopes.jsonl of a run.") from None
+
+
+def _line(entry: Entry, digest: str) -> str:
+    counts, slopes = pack([entry])
+    return json.dumps({"round": entry.round, "digest": digest, "counts": counts, "slopes": slopes}) + "\n"
 
 
 def _entry(line: Mapping[str, Any]) -> tuple[Entry, str]:

@@ -1,5 +1,6 @@
 """The `spry` command refuses what it cannot run before it starts anything, and says which key to change."""
 
+import json
 import tomllib
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
@@ -10,8 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 from spry_app.cli import app
+from spry_app.config import RunConfig
 from spry_app.errors import SpryError
-from spry_app.launcher.settings import Simulation, federation_config, run_config
+from spry_app.launcher.settings import Simulation, federation_config, keep_launch, resumed_nodes, run_config
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,6 +31,7 @@ ROOT = Path(__file__).parent.parent
         (["--federation-config", 'num-supernodes="three"'], "--federation-config"),
         (["--nodes", "1"], "server.min-available-nodes is 2"),
         (["--nodes", "0"], "--nodes"),
+        (["--resume", "/no/such/run"], "--resume /no/such/run: this is not the folder of a run of `spry run`"),
     ],
 )
 def test_bad_input_is_refused_with_2_before_anything_starts(arguments: list[str], sentence: str) -> None:
@@ -52,6 +55,14 @@ def test_settings_come_from_a_file_as_from_a_line(tmp_path: Path) -> None:
     from_line = run_config(Simulation(ROOT, 10, ["seed=3 client.learning-rate=0.5", "data.text-field='a b'"]))
     assert from_file == from_line
     assert from_line["data.text-field"] == "a b"
+
+
+def test_a_run_is_resumed_with_its_own_settings_and_devices(tmp_path: Path) -> None:
+    keep_launch(Simulation(ROOT, 7), tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(RunConfig.from_flower({"seed": 3}).flat()))
+    assert resumed_nodes(tmp_path) == 7
+    settings = run_config(Simulation(ROOT, 7, ["num-server-rounds=80"], resume=tmp_path))
+    assert (settings["seed"], settings["num-server-rounds"], settings["resume"]) == (3, 80, str(tmp_path))
 
 
 def test_local_paths_become_absolute_and_names_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,6 +55,9 @@ class RunConfig(Section):
     seed: int = Field(0, ge=0, lt=2**63)
     output_dir: str = Field("outputs", min_length=1)
     """Where outputs/<run id>/ is made; relative to the directory of the server process."""
+    resume: str = ""
+    """Folder of a run that ended early or is to have more rounds (`num-server-rounds`): it goes on after its last
+    round, with the same result as if it had never stopped. Only rounds, limits and timeouts may differ from it."""
     model: ModelConfig = ModelConfig()
     adapter: AdapterConfig = AdapterConfig()
     data: DataConfig = DataConfig()

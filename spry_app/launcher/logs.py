@@ -20,6 +20,8 @@ class Tail:
         if not self._path.exists():
             return
         with self._path.open("rb") as file:
+            # A run that is resumed cuts off what will be written again.
+            self._read = min(self._read, self._path.stat().st_size)
             file.seek(self._read)
             for line in file:
                 if not line.endswith(b"\n"):

@@ -1,9 +1,11 @@
 """From the command line to what Flower is given: run config and federation config, checked before anything starts."""
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 from flwr.common.config import flatten_dict, get_project_config, parse_config_args
@@ -19,6 +21,8 @@ _LOCAL: dict[str, Callable[[Path], bool]] = {
     "model.name": Path.is_dir,
 }
 """Keys that may hold a path, and what is one; anything else is a name (on the Hub, or one of ours)."""
+LAUNCH = "launch.json"
+"""In the folder of a run: what its config does not tell."""
 _SETTING = re.compile(r"\S+?=('[^']*'|\"[^\"]*\"|\S+)")
 """One setting on the command line, as flwr.common.config finds it."""
 
@@ -33,6 +37,7 @@ class Simulation:
     federation_config: Sequence[str] = ()
     gpus_per_client: float = 0.0
     output_dir: Path | None = None
+    resume: Path | None = None
     verbose: bool = False
 
 
@@ -45,7 +50,7 @@ def run_config(simulation: Simulation) -> dict[str, Scalar]:
         defaults = flatten_dict(get_project_config(simulation.app)["tool"]["flwr"]["app"].get("config", {}))
     except (FileNotFoundError, ValueError) as error:
         raise SpryError(f"No Flower app in {simulation.app}: {error}") from None
-    overrides = _parse("--run-config", simulation.run_config)
+    overrides = _resumed(simulation.resume) | _parse("--run-config", simulation.run_config)
     config = RunConfig.from_flower(defaults | overrides)
     if simulation.nodes < config.server.min_available_nodes:
         raise SpryError(
@@ -58,6 +63,32 @@ def run_config(simulation: Simulation) -> dict[str, Scalar]:
             overrides[key] = str(path.resolve())
     overrides["output-dir"] = str((simulation.output_dir or Path(config.output_dir)).expanduser().resolve())
     return overrides
+
+
+def resumed_nodes(folder: Path) -> int:
+    """How many devices the run in `folder` had. Raises SpryError where it was not started by `spry run`."""
+    return int(_json(folder / LAUNCH)["nodes"])
+
+
+def keep_launch(simulation: Simulation, folder: Path) -> None:
+    """What `resumed_nodes` reads again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / LAUNCH).write_text(json.dumps({"nodes": simulation.nodes}) + "\n")
+
+
+def _resumed(folder: Path | None) -> dict[str, Scalar]:
+    """Every key of the run in `folder`, and the one that says to go on with it; nothing for a run that begins."""
+    if folder is None:
+        return {}
+    return _json(folder / "config.json") | {"resume": str(folder.expanduser().resolve())}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise SpryError(f"--resume {path.parent}: this is not the folder of a run of `spry run` ({error}).") from None
+    return found
 
 
 def federation_config(simulation: Simulation) -> dict[str, Scalar]:

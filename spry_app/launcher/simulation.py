@@ -16,7 +16,7 @@ from spry_app.errors import SpryError
 from spry_app.launcher.logs import Tail, cause
 from spry_app.launcher.processes import Processes
 from spry_app.launcher.progress import RoundDisplay, summary
-from spry_app.launcher.settings import Simulation, federation_config, run_config
+from spry_app.launcher.settings import Simulation, federation_config, keep_launch, run_config
 from spry_app.launcher.superlink import Outcome, SuperLink, environment
 
 _LONGEST_TEMPORARY = 20
@@ -62,7 +62,8 @@ def _run(
             superlink = SuperLink(processes, logs)
             superlink.start("--simulation")
             run_id = superlink.submit(simulation.app, settings, federation)
-            result_folder = outputs / run_id
+            result_folder = Path(str(settings.get("resume", "") or outputs / run_id))
+            keep_launch(simulation, result_folder)
             outcome = _watch(simulation, superlink, run_id, result_folder, logs / "run.log", console)
         if not outcome.completed:
             raise SpryError(f"The run failed: {cause(outcome.details, logs / 'run.log')}")

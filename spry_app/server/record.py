@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from logging import INFO
 from pathlib import Path
+from typing import Self
 
 from flwr.common.logger import log
 
 from spry_app.config import RunConfig
 from spry_app.protocol import Score, Tensors
-from spry_app.slope_log import Entry, SlopeLog
+from spry_app.slope_log import Entry, SlopeLog, read
 
 MIB = 2**20
 
@@ -48,11 +49,18 @@ class Round:
     def as_json(self) -> str:
         return json.dumps({name.replace("_", "-"): value for name, value in asdict(self).items()})
 
+    @classmethod
+    def from_json(cls, line: str) -> Self:
+        return cls(**{name.replace("-", "_"): value for name, value in json.loads(line).items()})
+
 
 class Recorder:
-    """Collects a round while it runs and writes it when it ends."""
+    """Collects a round while it runs and writes it when it ends.
 
-    def __init__(self, folder: Path, config: RunConfig) -> None:
+    after: the round after which the run in `folder` goes on; None for one that begins.
+    """
+
+    def __init__(self, folder: Path, config: RunConfig, after: int | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self._flat = folder, config.flat()
         (folder / "config.json").write_text(json.dumps(self._flat, indent=2) + "\n")
@@ -64,21 +72,34 @@ class Recorder:
         self._bytes_up = self._bytes_down = 0
         self._forwards = 0.0
         self.current = Round(0, self._total)
+        self._after = after
+        if after is not None:
+            self._go_on(after)
         self.score: Score | None = None
         self.stopped = ""
         """Why the run ends before its last round, once that is decided (stopping.py)."""
 
     def log_slopes(self, units: Mapping[str, Sequence[str]], fingerprint: str, digest: str) -> None:
         """From now on rounds have slopes to be kept. digest: of the tensors before the first of them."""
-        self._slopes = SlopeLog(
-            self.folder / "slopes.jsonl",
-            {"config": self._flat, "units": list(units), "fingerprint": fingerprint, "digest": digest},
-        )
+        path = self.folder / "slopes.jsonl"
+        header = {"config": self._flat, "units": list(units), "fingerprint": fingerprint, "digest": digest}
+        self._slopes = SlopeLog(path, header, [] if self._after is None else read(path, until=self._after)[1])
 
     def slopes(self, entry: Entry, digest: str, exact: Tensors) -> None:
         """What a round's scalars were, and the present values of what no scalar stands for."""
         if self._slopes is not None:
             self._slopes.append(entry, digest, exact)
+
+    def _go_on(self, after: int) -> None:
+        """Take over what was spent until round `after`; what was written of later rounds is written again."""
+        lines = [Round.from_json(line) for line in self.metrics_path.read_text().splitlines()]
+        self.rounds = [line for line in lines if line.round <= after]
+        fresh = self.metrics_path.with_suffix(".new")
+        fresh.write_text("".join(line.as_json() + "\n" for line in self.rounds))
+        fresh.replace(self.metrics_path)
+        last = self.rounds[-1]
+        self._bytes_up, self._bytes_down = round(last.mib_up * MIB), round(last.mib_down * MIB)
+        self._forwards, self._start = last.forwards, self._start - last.seconds
 
     def begin(self, round_: int) -> None:
         self.current, self.score = Round(round_, self._total), None

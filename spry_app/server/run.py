@@ -14,10 +14,11 @@ from flwr.serverapp.strategy import Strategy
 from spry_app.config import RunConfig
 from spry_app.data import label_names, load_corpus
 from spry_app.errors import SpryError
-from spry_app.methods import Layout, get_method, load_object
+from spry_app.methods import Layout, Method, get_method, load_object
 from spry_app.models import AdaptedModel, load_model, save_adapter
 from spry_app.objectives import score
 from spry_app.protocol import Score, from_arrays, to_arrays
+from spry_app.server.checkpoint import load
 from spry_app.server.memory import step_peaks
 from spry_app.server.picture import draw
 from spry_app.server.record import Recorder
@@ -35,6 +36,7 @@ class Federated:
     """What the rounds of a run left behind. test: rows of the server's own test set, None where it has none."""
 
     adapted: AdaptedModel
+    method: Method
     arrays: ArrayRecord
     recorder: Recorder
     test: Encoded | None
@@ -43,12 +45,12 @@ class Federated:
 def run(grid: Grid, context: Context) -> None:
     """Everything a run does. Raises (never exits) where it fails, so that Flower marks the run as failed."""
     config = RunConfig.from_flower(context.run_config)
-    folder = Path(config.output_dir).expanduser().resolve() / str(context.run_id)
+    folder = Path(config.resume or Path(config.output_dir, str(context.run_id))).expanduser().resolve()
     done = federate(grid, config, folder)
     rounds = done.recorder.rounds
     save_adapter(done.adapted, from_arrays(done.arrays), folder / "adapter")
     draw(rounds, folder / "picture.png", title=f"{config.method} on {config.data.source}")
-    peaks = step_peaks(done.adapted, done.test, config, get_method(config)) if done.test is not None else {}
+    peaks = step_peaks(done.adapted, done.test, config, done.method) if done.test is not None else {}
     measured = [line.peak_mib for line in rounds if line.peak_mib]
     if config.client.memory_budget_mib and measured:  # each client has cut its steps as it must
         peaks["run"] = max(measured)
@@ -56,13 +58,17 @@ def run(grid: Grid, context: Context) -> None:
 
 
 def federate(grid: Grid, config: RunConfig, folder: Path) -> Federated:
-    """Load, and run all rounds; what they cost and gave is written into `folder` as they end."""
+    """Load, and run all rounds; what they cost and gave is written into `folder` as they end.
+
+    With config.resume, `folder` is that of a run which goes on after its last checkpoint.
+    """
+    checkpoint = load(folder, config) if config.resume else None
     method = get_method(config)
     strategy_class = _strategy_class(config.strategy)
     adapted = load_model(config.model, config.adapter, len(label_names(config.data)), config.seed)
     method = method.on(Layout(adapted.depths(), len(adapted.blocks)), config.client)
     test = _test_rows(config, adapted)
-    recorder = Recorder(folder, config)
+    recorder = Recorder(folder, config, checkpoint.progress.round if checkpoint else None)
     strategy = strategy_class(
         config=config,
         method=method,
@@ -73,31 +79,48 @@ def federate(grid: Grid, config: RunConfig, folder: Path) -> Federated:
         score_on_clients=test is None,
     )
 
+    if checkpoint:
+        _resumable(strategy).resume(checkpoint)
+
     def evaluate(round_: int, arrays: ArrayRecord) -> MetricRecord | None:
-        """Central evaluation after each round; closes the round's record."""
+        """Central evaluation after each round; closes the round's record and keeps the state."""
+        if checkpoint and round_ == 0:  # was scored when the checkpoint was made
+            return None
         score = None if test is None else functools.partial(_score, adapted, test, arrays)
-        result = end_round(config, recorder, arrays, score)
+        try:
+            result = end_round(config, recorder, arrays, score)
+        finally:
+            if isinstance(strategy, SpryStrategy) and len(recorder.rounds) > recorder.current.round:
+                strategy.checkpoint().save(folder)
         return MetricRecord({"accuracy": result.correct / result.examples}) if result else None
 
-    arrays = _federate(strategy, grid, config, to_arrays(adapted.tensors()), evaluate)
-    return Federated(adapted, arrays, recorder, test)
+    rounds = config.num_server_rounds - (checkpoint.progress.round if checkpoint else 0)
+    start = checkpoint.tensors if checkpoint else adapted.tensors()
+    arrays = _federate(strategy, grid, config, to_arrays(start), rounds, evaluate)
+    return Federated(adapted, method, arrays, recorder, test)
 
 
 def _federate(
-    strategy: Strategy, grid: Grid, config: RunConfig, arrays: ArrayRecord, evaluate: Evaluate
+    strategy: Strategy, grid: Grid, config: RunConfig, arrays: ArrayRecord, rounds: int, evaluate: Evaluate
 ) -> ArrayRecord:
-    """All rounds, or those until a limit is reached; the arrays after the last of them."""
+    """All rounds that are left, or those until a limit is reached; the arrays after the last of them."""
     try:
         result = strategy.start(
             grid,
             arrays,
-            num_rounds=config.num_server_rounds,
+            num_rounds=rounds,
             timeout=config.server.round_timeout_s,
             evaluate_fn=evaluate,
         )
     except Stopped as stopped:
         return stopped.arrays
     return result.arrays or arrays
+
+
+def _resumable(strategy: Strategy) -> SpryStrategy:
+    if not isinstance(strategy, SpryStrategy):
+        raise SpryError(f"A {type(strategy).__name__} cannot be resumed: it is not derived from SpryStrategy.")
+    return strategy
 
 
 def _strategy_class(path: str) -> Callable[..., Strategy]:

@@ -26,6 +26,7 @@ from spry_app.protocol import (
     size_bytes,
     to_arrays,
 )
+from spry_app.server.checkpoint import Checkpoint, Progress
 from spry_app.server.checks import most_forwards, problem
 from spry_app.server.dealing import deal_out
 from spry_app.server.downlink import DOWNLINKS
@@ -69,10 +70,24 @@ class SpryStrategy(Strategy):
         """How the last round with a usable reply changed the tensors."""
         self.tasks: dict[int, Task] = {}
         self.barren_rounds = 0
+        self.rounds_before = 0
+        """Those of the run that is resumed; Flower counts from 1 again."""
 
     def snapshot(self) -> Tensors:
         """Copies of the current tensors."""
         return self.state.tensors
+
+    def checkpoint(self) -> Checkpoint:
+        """Everything that the next round depends on."""
+        progress = Progress(self.recorder.current.round, self.state.round, self.barren_rounds)
+        return Checkpoint(progress, self.snapshot(), self.state.optimizer.moments, self.update)
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Go on after its round. Clients are then new to the downlink, which sends them every tensor at first."""
+        progress = checkpoint.progress
+        self.state.load(progress.state_round, checkpoint.tensors, checkpoint.moments)
+        self.update, self.barren_rounds, self.rounds_before = checkpoint.update, progress.barren_rounds, progress.round
+        self.downlink = DOWNLINKS[self.method.send](self.state)
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -80,6 +95,7 @@ class SpryStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """One message a node: its units, its seed, the current adapter."""
+        server_round += self.rounds_before
         self.recorder.begin(server_round)
         server = self.config.server
         nodes = self.fleet.available(grid)
@@ -131,6 +147,7 @@ class SpryStrategy(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Mean per tensor over the clients that trained it, weighted by examples; then the server's step."""
+        server_round += self.rounds_before
         accepted = self._accept(replies)
         now = self.recorder.current
         now.answered = len(accepted)
@@ -239,6 +256,7 @@ class SpryStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Ask clients to score the global model, where the server has no test set of its own."""
+        server_round += self.rounds_before
         server = self.config.server
         last = decide(self.config, self.recorder)
         if not (self.score_on_clients and server.fraction_evaluate and (last or self.config.evaluates(server_round))):

@@ -1,0 +1,92 @@
+"""A run's state between two rounds, on disk: written whole or not at all, so that a run can go on where it ended. What
+its rounds were is in metrics.jsonl (record.py).
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from spry_app.autodiff.directions import Tensors
+from spry_app.config import RunConfig
+from spry_app.errors import SpryError
+
+NAME = "checkpoint.safetensors"
+CHANGEABLE = ("num-server-rounds", "server.wait-timeout-s", "server.round-timeout-s", "stop.", "resume", "output-dir")
+"""Keys, or beginnings of keys, that need not be those of the run that is resumed."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """round: the last that ended. state_round: the last that changed the tensors. barren_rounds: in a row."""
+
+    round: int
+    state_round: int
+    barren_rounds: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """tensors: all trainable ones. moments: of the server's optimizer. update: by the last round that changed them."""
+
+    progress: Progress
+    tensors: Tensors
+    moments: Tensors
+    update: Tensors
+
+    def save(self, folder: Path) -> None:
+        """Replace the one in `folder`."""
+        flat = {
+            f"{group}:{name}": value.clone()
+            for group in ("tensors", "moments", "update")
+            for name, value in getattr(self, group).items()
+        }
+        fresh = folder / f"{NAME}.new"
+        save_file(flat, fresh, {"progress": json.dumps(asdict(self.progress))})
+        with fresh.open("rb") as file:
+            os.fsync(file.fileno())
+        fresh.replace(folder / NAME)
+
+
+def load(folder: Path, config: RunConfig) -> Checkpoint:
+    """Raises SpryError where there is none, or its run had other settings than `config` in a key that matters."""
+    _check(folder, config)
+    groups: dict[str, Tensors] = {"tensors": {}, "moments": {}, "update": {}}
+    try:
+        with safe_open(folder / NAME, framework="pt") as file:
+            progress = Progress(**json.loads(file.metadata()["progress"]))
+            for key in file.keys():  # noqa: SIM118 (not a mapping)
+                group, _, name = key.partition(":")
+                groups[group][name] = file.get_tensor(key)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise SpryError(f"{folder} cannot be resumed: its {NAME} cannot be read ({error}).") from None
+    if progress.round >= config.num_server_rounds:
+        raise SpryError(
+            f"{folder} has run its {progress.round} rounds; to go on, raise num-server-rounds "
+            f"(now {config.num_server_rounds})."
+        )
+    return Checkpoint(progress, **groups)
+
+
+def _check(folder: Path, config: RunConfig) -> None:
+    """Raises SpryError where `folder` is not that of a run, or of one with other settings."""
+    try:
+        before: Mapping[str, Any] = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise SpryError(f"resume={str(folder)!r} is not the folder of a run ({error}).") from None
+    now = config.flat()
+    changed = [
+        f"{key}={now.get(key)!r} (it was {before.get(key)!r})"
+        for key in sorted(now.keys() | before.keys())
+        if now.get(key) != before.get(key) and not key.startswith(CHANGEABLE)
+    ]
+    if changed:
+        raise SpryError(
+            f"{folder} cannot be resumed with {', '.join(changed)}: the result would be that of neither run. Only "
+            f"{', '.join(CHANGEABLE[:4])}* may change."
+        )

@@ -1,0 +1,129 @@
+"""A run that ended early goes on to the result, bit for bit, that it would have had."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from federation import LocalGrid, make_rows, same, tiny_run
+from flwr.app import Message
+
+from spry_app.config import RunConfig
+from spry_app.errors import SpryError
+from spry_app.methods import METHODS
+from spry_app.protocol import from_arrays
+from spry_app.server.checkpoint import NAME
+from spry_app.server.rebuild import rebuild
+from spry_app.server.run import Federated, federate
+
+CLIENTS, ROUNDS = 3, 4
+OTHER_IDS = (5009, 5006, 5003)
+
+
+@pytest.fixture(scope="module")
+def run_config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("tiny")
+    keys = {"num-server-rounds": ROUNDS, "server.evaluate-every": 2, "adapter.dropout": 0.1, "client.candidates": 4}
+    keys |= {"server.fraction-train": 0.6, "client.directions-at-once": 2, "client.upper-directions": 2}
+    return tiny_run(folder) | keys | {"data.test": str(make_rows(folder / "test.jsonl", 16, offset=500))}
+
+
+class Ending(LocalGrid):
+    """The server dies when it has heard from the clients of round `last` and not yet averaged."""
+
+    def __init__(self, last: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.last = last
+
+    def send_and_receive(self, messages: Iterable[Message], timeout: float | None = None) -> Iterable[Message]:
+        messages = list(messages)
+        replies = super().send_and_receive(messages, timeout)
+        if messages and messages[0].metadata.group_id == str(self.last):
+            raise KeyboardInterrupt
+        return replies
+
+
+def start(run_config: dict[str, Any], folder: Path, grid: LocalGrid | None = None, **keys: Any) -> Federated:
+    run_config = run_config | keys
+    return federate(grid or LocalGrid(CLIENTS, run_config), RunConfig.from_flower(run_config), folder)  # type: ignore
+
+
+def end_early(run_config: dict[str, Any], folder: Path, last: int) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        start(run_config, folder, Ending(last, CLIENTS, run_config))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(method: str, run_config: dict, tmp_path: Path) -> None:
+    """Killed in round 3 and again in round 4; other processes, so clients have forgotten, and other node ids."""
+    run_config = run_config | {"method": method}
+    whole = start(run_config, tmp_path / "whole")
+    folder = tmp_path / "parts"
+    end_early(run_config, folder, 3)
+    again = run_config | {"resume": str(folder)}
+    with pytest.raises(KeyboardInterrupt):
+        start(again, folder, Ending(4, CLIENTS, again, node_ids=OTHER_IDS))
+    parts = start(again, folder)
+    assert same(from_arrays(whole.arrays), from_arrays(parts.arrays))
+    for line, other in zip(whole.recorder.rounds, parts.recorder.rounds, strict=True):
+        assert (line.round, line.accuracy, line.loss, line.train_loss) == (
+            (other.round, other.accuracy, other.loss, other.train_loss)
+        )
+        assert (line.mib_up, line.forwards, line.answered) == (other.mib_up, other.forwards, other.answered)
+        assert METHODS[method].send == "log" or line.mib_down == other.mib_down
+    assert [json.loads(line)["round"] for line in parts.recorder.metrics_path.read_text().splitlines()] == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]
+
+
+def test_a_run_that_ended_can_have_more_rounds_and_its_log_tells_them_all(run_config: dict, tmp_path: Path) -> None:
+    run_config = run_config | {"method": "spry-per-iteration"}
+    whole = start(run_config, tmp_path / "whole")
+    folder = tmp_path / "parts"
+    start(run_config, folder, **{"num-server-rounds": 2})
+    more = start(run_config, folder, resume=str(folder))
+    assert same(from_arrays(whole.arrays), from_arrays(more.arrays))
+    assert rebuild(folder / "slopes.jsonl", tmp_path / "adapter") == ROUNDS
+
+
+def test_a_round_that_changed_nothing_counts_as_one(run_config: dict, tmp_path: Path) -> None:
+    """Nobody answers in round 2; the run goes on with round 3, and with the barren rounds before it."""
+
+    def lose(partition: int, reply: Message) -> Message | None:
+        return None if reply.metadata.group_id == "2" else reply
+
+    run_config = run_config | {"method": "spry-per-iteration"}
+    whole = start(run_config, tmp_path / "whole", LocalGrid(CLIENTS, run_config, tamper=lose))
+    folder = tmp_path / "parts"
+    with pytest.raises(KeyboardInterrupt):
+        start(run_config, folder, Ending(3, CLIENTS, run_config, tamper=lose))
+    parts = start(run_config, folder, resume=str(folder))
+    assert same(from_arrays(whole.arrays), from_arrays(parts.arrays))
+    assert [line.answered for line in parts.recorder.rounds] == [0, 2, 0, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("keys", "sentence"),
+    [
+        ({"client.learning-rate": 0.5}, r"client\.learning-rate=0\.5 \(it was 0\.05\): the result would be that of"),
+        ({"num-server-rounds": 2}, r"has run its 2 rounds; to go on, raise num-server-rounds \(now 2\)"),
+        ({"resume": "/no/such/run"}, r"resume='/no/such/run' is not the folder of a run"),
+    ],
+)
+def test_what_cannot_be_resumed_is_refused(keys: dict, sentence: str, run_config: dict, tmp_path: Path) -> None:
+    start(run_config, tmp_path, **{"num-server-rounds": 2})
+    again = run_config | {"resume": str(tmp_path)} | keys
+    with pytest.raises(SpryError, match=sentence):
+        start(again, Path(str(again["resume"])))
+
+
+def test_a_checkpoint_that_cannot_be_read_is_refused(run_config: dict, tmp_path: Path) -> None:
+    start(run_config, tmp_path, **{"num-server-rounds": 2})
+    (tmp_path / NAME).write_bytes((tmp_path / NAME).read_bytes()[:-40])
+    with pytest.raises(SpryError, match=f"its {NAME} cannot be read"):
+        start(run_config, tmp_path, resume=str(tmp_path))
