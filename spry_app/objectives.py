@@ -80,13 +80,14 @@ def batch_of(
 
 
 @torch.no_grad()
-def score(adapted: AdaptedModel, rows: Encoded, batch_size: int) -> Score:
+def score(adapted: AdaptedModel, rows: Encoded, batch_size: int, prefix: Prefix | None = None) -> Score:
     """Loss and accuracy of the model with the tensors now loaded in it, on all rows. Nothing is trained."""
     loss, correct, order = 0.0, 0, rows.by_length(range(len(rows)))
     for start in range(0, len(rows), batch_size):
-        inputs = rows.batch(order[start : start + batch_size])
+        part = order[start : start + batch_size]
+        inputs = rows.batch(part)
         labels = inputs.pop("labels")
-        logits = adapted.logits({}, inputs)
+        logits = adapted.logits({}, inputs, entering=prefix([part])[0] if prefix else None)
         labels = labels.to(logits.device)
         loss += classification.loss(logits, labels).item() * len(labels)
         correct += classification.correct(logits, labels)

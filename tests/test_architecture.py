@@ -21,9 +21,11 @@ ALLOWED: dict[str, set[str]] = {
     "tasks": LEAVES,
     "methods": LEAVES | {"autodiff", "optimizers", "slope_log"},
     "objectives": {"autodiff", "models", "protocol", "tasks"},
-    "client": LEAVES | {"autodiff", "data", "methods", "models", "objectives", "optimizers", "protocol", "tasks"},
+    "prefix": {"models", "tasks"},
+    "client": LEAVES
+    | {"autodiff", "data", "methods", "models", "objectives", "optimizers", "prefix", "protocol", "tasks"},
     "server": LEAVES
-    | {"autodiff", "data", "methods", "models", "objectives", "optimizers", "protocol", "slope_log", "tasks"},
+    | {"autodiff", "data", "methods", "models", "objectives", "optimizers", "prefix", "protocol", "slope_log", "tasks"},
     "launcher": LEAVES,
     "cli": LEAVES | {"launcher", "server"},
 }

@@ -19,7 +19,6 @@ from spry_app.autodiff.exact import estimate_with_exact
 from spry_app.autodiff.gradients import Estimate
 from spry_app.autodiff.slopes import Halves, Part
 from spry_app.client.node import Node, load_node
-from spry_app.client.prefix import may_start_at
 from spry_app.client.slicing import slices_of
 from spry_app.client.training import train
 from spry_app.client.trust import check_gradient
@@ -27,6 +26,7 @@ from spry_app.config import RunConfig
 from spry_app.errors import SpryError
 from spry_app.methods import METHODS, Layout, Method, get_method
 from spry_app.objectives import batch_of
+from spry_app.prefix import may_start_at
 from spry_app.protocol import Task
 from spry_app.server.run import run
 

@@ -11,11 +11,11 @@ from federation import make_checkpoint, make_rows
 from torch import Tensor, nn
 
 from spry_app.autodiff.budget import Slices
-from spry_app.client.node import Node, load_node
-from spry_app.client.prefix import PrefixCache, may_start_at
+from spry_app.client.node import Node, forget_nodes, load_node
 from spry_app.client.training import train
 from spry_app.config import RunConfig
 from spry_app.methods import get_method
+from spry_app.prefix import PrefixCache, may_start_at
 from spry_app.protocol import Task, TrainReply
 
 ROWS = 24
@@ -89,6 +89,30 @@ def test_training_is_the_same_and_each_row_passes_the_prefix_once(
     assert kept.loss == pytest.approx(anew.loss, rel=1e-5)
     for name, value in anew.tensors.items():
         torch.testing.assert_close(kept.tensors[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_what_no_client_trains_is_passed_once_in_all_tasks(folder: Path) -> None:
+    """LoRA in the upper of two blocks: the second task begins above the lower one, dropout or not."""
+    replies, rows = {}, dict[int, list[int]]()
+    for mib in (64, 0):
+        settings = config(
+            folder, client__prefix_cache_mib=mib, adapter__targets="1.attention.self.value", adapter__dropout=0.3
+        )
+        node = node_of(settings)
+        assert may_start_at(node.adapted, node.train, 1)
+        seen = rows[mib] = []
+        lowest = node.adapted.model.get_submodule(node.adapted.blocks[0]).get_submodule("attention.self.query")
+        hook = lowest.register_forward_hook(lambda _, inputs, output, seen=seen: seen.append(len(output)))
+        replies[mib] = [run(settings, ("encoder.layer.1.attention.self.value", "head")) for _ in range(2)]
+        hook.remove()
+    forget_nodes()
+    assert sum(rows[64]) == ROWS < sum(rows[0])
+    first, second = replies[64]
+    assert first.forwards - second.forwards == pytest.approx(ROWS / 2)
+    for kept, anew in zip(replies[64], replies[0], strict=True):
+        assert kept.loss == pytest.approx(anew.loss, rel=1e-5)
+        for name, value in anew.tensors.items():
+            torch.testing.assert_close(kept.tensors[name], value, rtol=1e-4, atol=1e-6)
 
 
 def test_the_head_alone_needs_no_block_twice(folder: Path, rows_through_the_lowest_block: list[int]) -> None:

@@ -63,7 +63,8 @@ def train(node: Node, message: Message, method: Method, config: RunConfig, state
 @_answer
 def evaluate(node: Node, message: Message, method: Method, config: RunConfig, state: RecordDict) -> Score:
     node.adapted.load_tensors(tensors_of(Task.from_message(message), node, method, config, state))
-    return score(node.adapted, node.heldout, config.client.batch_size)
+    bottom = node.frozen(node.heldout, config.client)
+    return score(node.adapted, node.heldout, config.client.batch_size, bottom.entering if bottom else None)
 
 
 def _check_base(here: str, there: str, config: RunConfig) -> None:

@@ -3,13 +3,15 @@
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from spry_app.autodiff.directions import Tensors
-from spry_app.config import AdapterConfig, ModelConfig, RunConfig
+from spry_app.autodiff.memory import MIB
+from spry_app.config import AdapterConfig, ClientConfig, ModelConfig, RunConfig
 from spry_app.data import label_names, load_shard
 from spry_app.errors import SpryError
 from spry_app.models import AdaptedModel, load_model
+from spry_app.prefix import PrefixCache, frozen
 from spry_app.tasks import classification
 from spry_app.tasks.classification import Encoded
 
@@ -29,6 +31,16 @@ class Node:
     start: Tensors
     partition: int
     memory_mib: float = 0.0
+    _frozen: dict[int, PrefixCache | None] = field(default_factory=dict, repr=False, compare=False)
+
+    def frozen(self, rows: Encoded, config: ClientConfig) -> PrefixCache | None:
+        """What enters the lowest trained block for rows of this node, kept as long as the node; with half of the memory
+        that is allowed, as the other half is for what lies above.
+        """
+        if id(rows) not in self._frozen:
+            memory, disk = config.prefix_cache_mib * MIB // 2, config.prefix_cache_disk_mib * MIB // 2
+            self._frozen[id(rows)] = frozen(self.adapted, rows, memory, disk)
+        return self._frozen[id(rows)]
 
 
 def load_node(config: RunConfig, node_config: Mapping[str, bool | float | int | str]) -> Node:

@@ -9,9 +9,9 @@ from spry_app.autodiff.exact import estimate_with_exact
 from spry_app.autodiff.gradients import Estimate, Gradient
 from spry_app.autodiff.workspace import workspace
 from spry_app.client.node import Node
-from spry_app.client.prefix import PrefixCache
 from spry_app.models import Entering
 from spry_app.objectives import batch_of
+from spry_app.prefix import PrefixCache
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ from spry_app.autodiff.directions import Tensors
 from spry_app.autodiff.memory import MIB, with_peak
 from spry_app.client.local import LocalTraining
 from spry_app.client.node import Node
-from spry_app.client.prefix import PrefixCache, may_start_at
 from spry_app.client.step import Step
 from spry_app.config import RunConfig
 from spry_app.data import batches
 from spry_app.methods import Method
 from spry_app.methods.replay import exact_names, local_optimizer, local_steps, seed_of
 from spry_app.objectives import score
+from spry_app.prefix import PrefixCache, may_start_at
 from spry_app.protocol import Score, Task, TrainReply
 
 
@@ -32,6 +32,7 @@ def train(node: Node, task: Task, method: Method, config: RunConfig, slices: Sli
     local, peak = LocalTraining(local_optimizer(own, node.adapted.units, config.client), method), 0.0
     first = seed_of(method, config, task.round, task.client)
     with _prefix(node, own, config) as prefix:
+        before = prefix.forwards if prefix else 0.0
         suffix = suffix_above(node.adapted.depth(own), len(node.adapted.blocks))
         gradient = method.pick.gradient(method.gradient, task.update, config.client)
         step = Step(node, gradient, exact, config.client.directions, slices, prefix, suffix)
@@ -49,7 +50,7 @@ def train(node: Node, task: Task, method: Method, config: RunConfig, slices: Sli
         loss=local.loss / local.examples,
         examples=local.examples,
         seconds=time.monotonic() - started,
-        forwards=local.forwards + (prefix.forwards if prefix else 0.0),
+        forwards=local.forwards + (prefix.forwards - before if prefix else 0.0),
         peak_mib=peak,
         personal=_personal(node, task, local.tensors, config) if task.evaluate else None,
     )
@@ -57,13 +58,18 @@ def train(node: Node, task: Task, method: Method, config: RunConfig, slices: Sli
 
 @contextmanager
 def _prefix(node: Node, own: Iterable[str], config: RunConfig) -> Iterator[PrefixCache | None]:
-    """The blocks below all of the client's tensors do not change during its task, unless dropout makes them random."""
+    """Where passes begin: below all of the client's tensors nothing changes during its task, unless dropout makes it
+    random; below those of all clients, nothing ever.
+    """
     depth, client = node.adapted.depth(own), config.client
-    if not client.prefix_cache_mib or config.adapter.dropout or not may_start_at(node.adapted, node.train, depth):
-        yield None
+    bottom = node.frozen(node.train, client)
+    here = client.prefix_cache_mib and not config.adapter.dropout and may_start_at(node.adapted, node.train, depth)
+    if not here or (bottom and bottom.depth == depth):
+        yield bottom
         return
-    memory, disk = client.prefix_cache_mib * MIB, client.prefix_cache_disk_mib * MIB
-    cache = PrefixCache(node.adapted, node.train, depth, memory, disk)
+    parts = 2 if bottom else 1
+    memory, disk = client.prefix_cache_mib * MIB // parts, client.prefix_cache_disk_mib * MIB // parts
+    cache = PrefixCache(node.adapted, node.train, depth, memory, disk, bottom)
     try:
         yield cache
     finally:
@@ -86,4 +92,5 @@ def _personal(node: Node, task: Task, trained: Tensors, config: RunConfig) -> Sc
     if not len(node.heldout):
         return None
     node.adapted.load_tensors(task.tensors | trained)
-    return score(node.adapted, node.heldout, config.client.batch_size)
+    bottom = node.frozen(node.heldout, config.client)
+    return score(node.adapted, node.heldout, config.client.batch_size, bottom.entering if bottom else None)

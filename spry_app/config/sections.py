@@ -136,7 +136,9 @@ class ClientConfig(Section):
     chosen to fit. "auto" is half of what is free; a node's own `memory-budget-mib` (--node-config) comes first."""
     prefix_cache_mib: int = Field(64, ge=0)
     """Memory for hidden states below the lowest unit that a client trains: they are the same for all directions of a
-    step and all steps of a task. 0 computes them anew in every pass, as does dropout in the adapter."""
+    step and all steps of a task. Where no client trains the lowest blocks (adapter.targets), half of it is for what
+    leaves those, which is the same for the whole run. 0 computes all anew in every pass, as does dropout in the adapter
+    with what lies above its lowest block."""
     prefix_cache_disk_mib: int = Field(0, ge=0)
     """Disk, in the folder TMPDIR, for hidden states that do not fit in `prefix-cache-mib`."""
 

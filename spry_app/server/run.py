@@ -11,12 +11,14 @@ from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
+from spry_app.autodiff.memory import MIB
 from spry_app.config import RunConfig
 from spry_app.data import label_names, load_corpus
 from spry_app.errors import SpryError
 from spry_app.methods import Layout, Method, get_method, load_object
 from spry_app.models import AdaptedModel, load_model, save_adapter
 from spry_app.objectives import score
+from spry_app.prefix import PrefixCache, frozen
 from spry_app.protocol import Score, from_arrays, to_arrays
 from spry_app.server.checkpoint import load
 from spry_app.server.memory import step_peaks
@@ -79,6 +81,7 @@ def federate(grid: Grid, config: RunConfig, folder: Path) -> Federated:
         score_on_clients=test is None,
     )
 
+    bottom = None if test is None else frozen(adapted, test, config.client.prefix_cache_mib * MIB)
     if checkpoint:
         _resumable(strategy).resume(checkpoint)
 
@@ -86,7 +89,7 @@ def federate(grid: Grid, config: RunConfig, folder: Path) -> Federated:
         """Central evaluation after each round; closes the round's record and keeps the state."""
         if checkpoint and round_ == 0:  # was scored when the checkpoint was made
             return None
-        score = None if test is None else functools.partial(_score, adapted, test, arrays)
+        score = None if test is None else functools.partial(_score, adapted, test, bottom, arrays)
         try:
             result = end_round(config, recorder, arrays, score)
         finally:
@@ -137,9 +140,9 @@ def _test_rows(config: RunConfig, adapted: AdaptedModel) -> Encoded | None:
     return None if test is None else classification.encode(test, adapted.tokenizer, config.data.max_length)
 
 
-def _score(adapted: AdaptedModel, rows: Encoded, arrays: ArrayRecord) -> Score:
+def _score(adapted: AdaptedModel, rows: Encoded, bottom: PrefixCache | None, arrays: ArrayRecord) -> Score:
     adapted.load_tensors(from_arrays(arrays))
-    return score(adapted, rows, _EVALUATION_BATCH)
+    return score(adapted, rows, _EVALUATION_BATCH, bottom.entering if bottom else None)
 
 
 def _write_result(folder: Path, recorder: Recorder, peaks: dict[str, float]) -> None:

@@ -1,5 +1,5 @@
-"""Hidden states that enter a client's lowest block, kept while it trains: below it nothing changes during a task. Never
-what is trained on them.
+"""Hidden states that enter a block below which nothing changes, so that they are computed once. Used by client and
+server; never what is trained on them.
 """
 
 import logging
@@ -20,21 +20,29 @@ logger = logging.getLogger(__name__)
 
 
 class PrefixCache:
-    """For one task: the model's loaded tensors below `depth` must stay as they are, and dropout must be off.
+    """As long as it lives, the model's tensors below `depth` must stay as they are, and dropout off where they have it.
 
     memory_bytes: for the batch at hand and, as far as they fit beside it, all rows seen so far; disk_bytes: for the
-    rows after those, in a temporary folder (of TMPDIR), which `close` removes.
+    rows after those, in a temporary folder (of TMPDIR), which `close` removes. below: what enters a lower block, where
+    that is kept too.
     """
 
     def __init__(
-        self, adapted: AdaptedModel, rows: Encoded, depth: int, memory_bytes: int, disk_bytes: int = 0
+        self,
+        adapted: AdaptedModel,
+        rows: Encoded,
+        depth: int,
+        memory_bytes: int,
+        disk_bytes: int = 0,
+        below: "PrefixCache | None" = None,
     ) -> None:
-        self._adapted, self._rows, self._depth = adapted, rows, depth
+        self._adapted, self._rows, self.depth, self._below = adapted, rows, depth, below
         self._memory, self._disk = memory_bytes, disk_bytes
         self._batch = 0
         """Bytes of the hidden states of the batch at hand."""
         self._kept: dict[int, Tensor | Path] = {}
         self._computed = 0
+        """Blocks that ran, summed over examples."""
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def entering(self, slices: Sequence[Sequence[int]]) -> list[Entering | None]:
@@ -44,13 +52,13 @@ class PrefixCache:
             hidden = self._hidden(rows) if self._batch < self._memory else None
             if hidden is not None:
                 self._batch += hidden.nbytes
-            found.append(None if hidden is None or self._batch > self._memory else Entering(self._depth, hidden))
+            found.append(None if hidden is None or self._batch > self._memory else Entering(self.depth, hidden))
         return found
 
     @property
     def forwards(self) -> float:
-        """What has been computed so far, in forward passes of one example through all blocks."""
-        return self._computed * self._depth / len(self._adapted.blocks)
+        """What has been computed so far, `below` included, in forward passes of one example through all blocks."""
+        return self._computed / len(self._adapted.blocks) + (self._below.forwards if self._below else 0.0)
 
     def close(self) -> None:
         """Forget everything."""
@@ -65,8 +73,10 @@ class PrefixCache:
             return pad_sequence([self._read(row) for row in rows], batch_first=True)
         # With padding on the left, positions may depend on the other rows of the batch, so nothing is kept.
         left = self._rows.tokenizer.padding_side == "left"
-        computed = self._adapted.prefix(self._rows.batch(rows if left else new), self._depth).hidden
-        self._computed += len(computed)
+        wanted = rows if left else new
+        start = self._below.entering([wanted])[0] if self._below else None
+        computed = self._adapted.prefix(self._rows.batch(wanted), self.depth, entering=start).hidden
+        self._computed += len(computed) * (self.depth - (start.depth if start else 0))
         if left:
             return computed
         fresh = {row: states[: self._length(row)] for row, states in zip(new, computed, strict=True)}
@@ -96,6 +106,17 @@ class PrefixCache:
 
     def _length(self, row: int) -> int:
         return len(self._rows.features["input_ids"][row])
+
+
+def frozen(adapted: AdaptedModel, rows: Encoded, memory_bytes: int, disk_bytes: int = 0) -> PrefixCache | None:
+    """For what enters the lowest block with a trainable tensor, which no training changes and no dropout reaches.
+
+    None where that is the lowest block of all, or passes cannot begin there.
+    """
+    depth = adapted.depth(name for names in adapted.units.values() for name in names)
+    if not memory_bytes or not may_start_at(adapted, rows, depth):
+        return None
+    return PrefixCache(adapted, rows, depth, memory_bytes, disk_bytes)
 
 
 _usable: WeakKeyDictionary[nn.Module, dict[int, bool]] = WeakKeyDictionary()
