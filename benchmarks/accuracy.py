@@ -98,7 +98,8 @@ def plan_of(options: argparse.Namespace) -> Plan:
         "adapter.targets": TOP_BLOCKS,
         "client.batch-size": 8,
         "client.micro-batch": 0,
-        "client.local-steps": 2,
+        "client.local-steps": 5,
+        "client.optimizer": "adam",
         "client.directions": 4,
         "client.directions-at-once": 4,
         "data.holdout": 0.2,
@@ -123,10 +124,10 @@ def parser(question: str) -> argparse.ArgumentParser:
     found.add_argument("--data-dir", type=Path, default=Path(DATA_DIR), help="a folder a data set (SPRY_DATA)")
     found.add_argument("--alpha", default="1.0", help='"iid", or the concentration of the Dirichlet partition')
     found.add_argument("--seeds", type=int, default=3, help="runs of each variant")
-    found.add_argument("--rounds", type=int, default=48, help="of a run with the shared number of local steps")
+    found.add_argument("--rounds", type=int, default=20, help="of a run with the shared number of local steps")
     found.add_argument("--evaluations", type=int, default=4, help="after training has begun, at equal distances")
     found.add_argument("--nodes", type=int, default=20, help="over which the rows are dealt")
-    found.add_argument("--clients", type=int, default=4, help="a round")
+    found.add_argument("--clients", type=int, default=6, help="a round")
     found.add_argument("--train-rows", type=int, default=4000, help="at most; 0: all")
     found.add_argument("--choice-rows", type=int, default=400, help="of the training file, to choose step sizes on")
     found.add_argument("--budget", type=float, default=0.0, help="forwards to compare at; 0: what all have spent")

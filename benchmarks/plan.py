@@ -13,12 +13,15 @@ SEARCH_PART = 3
 TOP_BLOCKS = ",".join(f"{block}.attention.self.{name}" for block in (4, 5) for name in ("query", "value"))
 """The upper two of MiniLM's six: what lies below is computed once for all directions of a task, not once for each."""
 METHOD_KEYS: dict[str, dict[str, Scalar]] = {
-    "spry-per-iteration": {"client.local-steps": 1},
+    "spry-per-iteration": {"client.local-steps": 1, "client.optimizer": "sgd"},
+    "decomfl": {"client.optimizer": "sgd"},
     "fedsgd": {"client.local-steps": 1},
     "fedspzo": {"client.cut": 5, "client.directions": 2, "client.upper-directions": 2},
 }
-"""What belongs to a method's definition but is not in its row: the first two talk to the server after every batch, and
-FedSPZO cuts between the two blocks that are trained, and has as many slopes as the others."""
+"""What belongs to a method's definition but is not in its row: SPRY per iteration and FedSGD talk to the server after
+every batch, DeComFL's steps are linear in its scalars. FedSPZO cuts between the two blocks that are trained, and has as
+many slopes as the others.
+"""
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ MOST_EXTENSIONS = 2
 
 @dataclass(frozen=True)
 class Knob:
-    """Which keys are step sizes for a kind of server step, and where their grids of four begin.
+    """Which keys are step sizes for a kind of server and client step, and where their grids of four begin.
 
-    like: a method with this server step, by whose head alone the head's step size is chosen.
+    like: a method with this server step, by whose head alone the head's step size is chosen. optimizer: the clients'.
     """
 
     adapter: str
@@ -31,20 +31,29 @@ class Knob:
     adapter_from: float
     head_from: float
     like: str
+    optimizer: str
 
 
-_LOCAL = Knob("client.learning-rate", "client.head-learning-rate", 0.1, 0.1, "fedavg")
-_GRADIENT = Knob("server.learning-rate", "server.head-learning-rate", 0.1, 0.1, "fedsgd")
-_ADAPTIVE = Knob("server.learning-rate", "server.head-learning-rate", 3e-3, 1e-2, "fedyogi")
-KNOBS = {"average": _LOCAL, "sgd": _GRADIENT, "momentum": _GRADIENT}
-"""Server step -> its step sizes. All others are adaptive: clients then take small steps, the server large ones."""
+_LOCAL = Knob("client.learning-rate", "client.head-learning-rate", 1e-3, 3e-3, "fedavg", "adam")
+_PLAIN = Knob("client.learning-rate", "client.head-learning-rate", 0.1, 0.1, "fedavg", "sgd")
+_GRADIENT = Knob("server.learning-rate", "server.head-learning-rate", 0.1, 0.1, "fedsgd", "adam")
+_ADAPTIVE = Knob("server.learning-rate", "server.head-learning-rate", 3e-3, 1e-2, "fedyogi", "adam")
+KNOBS = {
+    ("average", "adam"): _LOCAL,
+    ("average", "adamw"): _LOCAL,
+    ("average", "sgd"): _PLAIN,
+    **{(server, client): _GRADIENT for server in ("sgd", "momentum") for client in ("sgd", "adam", "adamw")},
+}
+"""Server's and clients' step -> their sizes. All others are adaptive: clients take small steps, the server large ones.
+"""
 SMALL_STEP = 1e-2
 """client.learning-rate where the server's step is adaptive, and so does not depend on the size of the clients'."""
 
 
 def knob_of(keys: Keys) -> Knob:
     """Which step sizes a run has."""
-    return KNOBS.get(get_method(RunConfig.from_flower(keys)).server_optimizer, _ADAPTIVE)
+    config = RunConfig.from_flower(keys)
+    return KNOBS.get((get_method(config).server_optimizer, config.client.optimizer), _ADAPTIVE)
 
 
 @dataclass
@@ -105,11 +114,12 @@ class Steps:
         training the head alone; then the adapter's for each variant. One whose searching runs all failed is left out.
         """
         wanted = {_told(one.searched): one.searched for one in variants.values()}
-        heads = self._heads({knob_of(keys) for keys in wanted.values()})
+        knobs = {told: knob_of(self.plan.searching(keys)) for told, keys in wanted.items()}
+        heads = self._heads(set(knobs.values()))
         fixed: dict[str, dict[str, Scalar]] = {}
         adapters: dict[str, Search] = {}
         for told, keys in wanted.items():
-            knob = knob_of(keys)
+            knob = knobs[told]
             fixed[told] = {"client.learning-rate": SMALL_STEP, **heads[knob]}
             if keys.get("adapter.kind") != "none":  # has no other step size than the head's
                 adapters[told] = self._of(told, {**fixed[told], **keys}, knob.adapter, knob.adapter_from)
@@ -123,14 +133,16 @@ class Steps:
         """The clients' head first: where the server's step is adaptive, clients train their heads with it too."""
         local = self._head(_LOCAL, {})
         found = {_LOCAL: local}
-        for knob in sorted(knobs - {_LOCAL}, key=lambda knob: knob.like):
+        for knob in sorted(knobs - {_LOCAL}, key=lambda knob: (knob.like, knob.optimizer)):
             found[knob] = {**local, **self._head(knob, local)}
         return found
 
     def _head(self, knob: Knob, keys: Keys) -> dict[str, Scalar]:
-        alone = {**keys, "adapter.kind": "none", "adapter.targets": "", "method": knob.like}
-        one = self._of(f"head, {knob.like}", alone, knob.head, knob.head_from)
-        self._search([one], f"Step size of the head ({knob.like})")
+        own = {"method": knob.like, "client.optimizer": knob.optimizer}
+        alone = {**keys, "adapter.kind": "none", "adapter.targets": "", **own}
+        told = f"{knob.like}, clients with {knob.optimizer}"
+        one = self._of(f"head, {told}", alone, knob.head, knob.head_from)
+        self._search([one], f"Step size of the head ({told})")
         return {knob.head: one.best}
 
     def _of(self, name: str, keys: Keys, key: str, first: float) -> Search:
