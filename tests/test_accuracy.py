@@ -37,7 +37,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def plan(folder: Path, tmp_path: Path) -> Plan:
-    shared = {"model.name": str(folder / "tiny"), "client.local-steps": 2, "client.directions": 2}
+    shared = {
+        "model.name": str(folder / "tiny"),
+        "client.optimizer": "adam",
+        "client.local-steps": 2,
+        "client.directions": 2,
+    }
     rows = split("sst2", folder, tmp_path / "rows", train_rows=48, choice_rows=16)
     return Plan("sst2", rows, "iid", nodes=4, clients=2, rounds=3, evaluations=1, shared=shared)
 
