@@ -24,7 +24,8 @@ class PrefixCache:
 
     memory_bytes: for the batch at hand and, as far as they fit beside it, all rows seen so far; disk_bytes: for the
     rows after those, in a temporary folder (of TMPDIR), which `close` removes. below: what enters a lower block, where
-    that is kept too.
+    that is kept too. lasting: for more than one task, so that which rows are at hand depends on what the process has
+    done before. To the bit, nothing else does then: rows pass one by one, and half of the memory is for the batch.
     """
 
     def __init__(
@@ -35,9 +36,11 @@ class PrefixCache:
         memory_bytes: int,
         disk_bytes: int = 0,
         below: "PrefixCache | None" = None,
+        lasting: bool = False,
     ) -> None:
-        self._adapted, self._rows, self.depth, self._below = adapted, rows, depth, below
-        self._memory, self._disk = memory_bytes, disk_bytes
+        self._adapted, self._rows, self.depth, self._below, self._lasting = adapted, rows, depth, below, lasting
+        self._memory, self._disk = memory_bytes // 2 if lasting else memory_bytes, disk_bytes
+        self._most_at_hand = self._memory
         self._batch = 0
         """Bytes of the hidden states of the batch at hand."""
         self._kept: dict[int, Tensor | Path] = {}
@@ -49,11 +52,16 @@ class PrefixCache:
         """What enters block `depth` for each micro-batch; None where the memory ends: that one starts at the bottom."""
         self._batch, found = 0, []
         for rows in slices:
-            hidden = self._hidden(rows) if self._batch < self._memory else None
+            hidden = self._hidden(rows) if self._batch < self._limit else None
             if hidden is not None:
                 self._batch += hidden.nbytes
-            found.append(None if hidden is None or self._batch > self._memory else Entering(self.depth, hidden))
+            found.append(None if hidden is None or self._batch > self._limit else Entering(self.depth, hidden))
         return found
+
+    @property
+    def _limit(self) -> int:
+        """Bytes that the batch at hand may have."""
+        return self._most_at_hand if self._lasting else self._memory
 
     @property
     def forwards(self) -> float:
@@ -75,14 +83,17 @@ class PrefixCache:
         left = self._rows.tokenizer.padding_side == "left"
         wanted = rows if left else new
         start = self._below.entering([wanted])[0] if self._below else None
-        computed = self._adapted.prefix(self._rows.batch(wanted), self.depth, entering=start).hidden
-        self._computed += len(computed) * (self.depth - (start.depth if start else 0))
+        parts = [[row] for row in wanted] if self._lasting and not left else [wanted]
+        computed = [self._adapted.prefix(self._rows.batch(part), self.depth, entering=start).hidden for part in parts]
+        self._computed += len(wanted) * (self.depth - (start.depth if start else 0))
         if left:
-            return computed
-        fresh = {row: states[: self._length(row)] for row, states in zip(new, computed, strict=True)}
-        self._keep(fresh, beside=self._batch + len(rows) * max(map(self._length, rows)) * computed[0, 0].nbytes)
-        if len(new) == len(rows):
-            return computed
+            return computed[0]
+        each = [states for part in computed for states in part]
+        fresh = {row: states[: self._length(row)] for row, states in zip(new, each, strict=True)}
+        at_hand = self._batch + len(rows) * max(map(self._length, rows)) * each[0][0].nbytes
+        self._keep(fresh, beside=0 if self._lasting else at_hand)
+        if len(new) == len(rows) and not self._lasting:
+            return computed[0]
         return pad_sequence([fresh[row] if row in fresh else self._read(row) for row in rows], batch_first=True)
 
     def _keep(self, fresh: dict[int, Tensor], beside: int) -> None:
@@ -116,7 +127,7 @@ def frozen(adapted: AdaptedModel, rows: Encoded, memory_bytes: int, disk_bytes: 
     depth = adapted.depth(name for names in adapted.units.values() for name in names)
     if not memory_bytes or not may_start_at(adapted, rows, depth):
         return None
-    return PrefixCache(adapted, rows, depth, memory_bytes, disk_bytes)
+    return PrefixCache(adapted, rows, depth, memory_bytes, disk_bytes, lasting=True)
 
 
 _usable: WeakKeyDictionary[nn.Module, dict[int, bool]] = WeakKeyDictionary()

@@ -115,6 +115,22 @@ def test_what_no_client_trains_is_passed_once_in_all_tasks(folder: Path) -> None
             torch.testing.assert_close(kept.tensors[name], value, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("memory", [1 << 20, 3 * 2 * 11 * 32 * 4])
+def test_what_outlives_a_task_does_not_depend_on_what_came_before(folder: Path, memory: int) -> None:
+    """To the bit, with room for all rows and with room for a few: another order, other neighbours, kept or not."""
+    node = node_of(config(folder))
+    order = node.train.by_length(range(ROWS))
+    batches = [order[:3], [order[0], order[-1], order[7]], order[4:7]]
+    seen = []
+    for turns in ([0, 1, 2], [2, 1, 0, 1], [1, 1]):
+        kept = PrefixCache(node.adapted, node.train, 1, memory, lasting=True)
+        found = {turn: kept.entering([batches[turn]])[0] for turn in turns}
+        seen.append(found[1])
+    first, *others = seen
+    assert first is not None
+    assert all(other is not None and torch.equal(other.hidden, first.hidden) for other in others)
+
+
 def test_the_head_alone_needs_no_block_twice(folder: Path, rows_through_the_lowest_block: list[int]) -> None:
     settings = config(folder, client__local_epochs=3)
     node = node_of(settings)
