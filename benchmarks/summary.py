@@ -1,5 +1,6 @@
 """What runs beside each other came to: the table over seeds, the picture. Readings are curves.py's; nothing is run."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -62,7 +63,11 @@ def summarise(question: str, outcomes: Mapping[str, Sequence[Outcome]], target: 
 
 
 def _accuracies(curves: Sequence[Curve], budgets: Mapping[str, float]) -> dict[str, Figure]:
-    return {
+    ends = {
+        f"{told} at the end": figure([at(curve, "rounds", math.inf, quantity) for curve in curves])
+        for told, quantity in QUANTITIES.items()
+    }
+    return ends | {
         f"{told} at equal {axis}": figure([at(curve, axis, most, quantity) for curve in curves])
         for told, quantity in QUANTITIES.items()
         for axis, most in budgets.items()
@@ -100,9 +105,9 @@ def print_summary(summary: Summary, searches: Sequence[Search]) -> None:
     print(summary.question)
     budgets = ", ".join(f"{most:.4g} {axis}" for axis, most in summary.at.items())
     for told in QUANTITIES:
-        heads = [f"{told} at equal {axis}" for axis in summary.at]
+        heads = [f"{told} at the end", *(f"{told} at equal {axis}" for axis in summary.at)]
         rows = [(name, *(_percent(figures[head]) for head in heads)) for name, figures in summary.accuracy.items()]
-        _print(f"Accuracy, {told}, % (at {budgets})", ("", *(f"equal {axis}" for axis in summary.at)), rows)
+        _print(f"Accuracy, {told}, % (at {budgets})", ("", "end", *(f"equal {axis}" for axis in summary.at)), rows)
     rows = [(name, *(_mean(figures[axis]) for axis in AXES)) for name, figures in summary.to_target.items()]
     _print(f"To an accuracy of {summary.target:.1%}", ("", *AXES), rows)
     heads = list(next(iter(summary.costs.values()), {}))

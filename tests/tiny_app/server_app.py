@@ -14,7 +14,7 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     rounds, ending = int(context.run_config["num-server-rounds"]), context.run_config["method"]
     folder = Path(str(context.run_config["output-dir"])) / str(context.run_id)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     while not (nodes := list(grid.get_node_ids())):
         time.sleep(0.1)
     for round_ in range(rounds + 1):
