@@ -1,12 +1,17 @@
-"""What every test gets: an identity for Flower, one thread, no network; skips what this machine cannot run."""
+"""What every test gets: an identity for Flower, one thread, no network; skips what this machine cannot run. And what
+more than one file of tests asks for.
+"""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported
 
+import datasets
 import pytest
 import torch
+from rows import ROWS, write
 
 from benchmarks.local_grid import identify
 
@@ -41,3 +46,17 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"no data sets in {SHARED_DATA}")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="module")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache of `datasets` for one file of tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def sentences(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A file with the rows of rows.py."""
+    return write(tmp_path_factory.mktemp("rows") / "rows.jsonl", ROWS)

@@ -1,7 +1,6 @@
 """Rows on their way in: sources, columns, labels, what is refused. The embedded words are in test_household."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,7 @@ from spry_app.data.household import INTENTS
 from spry_app.errors import SpryError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(scope="module")
-def sentences(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write(tmp_path_factory.mktemp("rows") / "rows.jsonl", ROWS)
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 # Sources

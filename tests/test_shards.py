@@ -1,14 +1,12 @@
 """Shards of the rows, what is held out of them, and the order in which batches visit them."""
 
 import random
-from collections.abc import Iterator
 
-import datasets
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rows import ROWS, local, write
+from rows import ROWS, local
 
 from spry_app.config import DataConfig
 from spry_app.data import batches, load_corpus, load_shard
@@ -16,18 +14,7 @@ from spry_app.data.partition import shards
 from spry_app.errors import SpryError
 
 PARTITION = st.sampled_from(["iid", "dirichlet", "natural"])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(scope="module")
-def sentences(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write(tmp_path_factory.mktemp("rows") / "rows.jsonl", ROWS)
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @settings(max_examples=60, deadline=None)

@@ -269,6 +269,11 @@ def test_a_log_that_was_changed_rebuilds_nothing(
     log.write_text("\n".join([first, json.dumps(line), third]) + "\n")
     assert main_status("rebuild", str(log), "--output", str(tmp_path / "adapter")) == 2
     assert "is not the one that the server had" in capsys.readouterr().err
+    header = json.loads(first)
+    log.write_text(json.dumps(header | {"units": header["units"][::-1]}) + "\n")
+    assert main_status("rebuild", str(log), "--output", str(tmp_path / "adapter")) == 2
+    assert "is of a model with the units ['head'" in capsys.readouterr().err
+    log.write_text("\n".join([first, json.dumps(line), third]) + "\n")
     exact_path(log).unlink()
     assert main_status("rebuild", str(log), "--output", str(tmp_path / "adapter")) == 2
     assert "exact.safetensors cannot be read" in capsys.readouterr().err

@@ -52,7 +52,7 @@ def test_the_server_rebuilds_bit_for_bit_the_update_that_the_client_measured(
         def watch(accepted: list, strategy: Any = strategy, seen: dict = seen) -> dict:
             for task, reply in accepted:
                 seen[task.client] = reply.tensors
-            for measured in strategy.entry(1, accepted).measured:
+            for measured in strategy.entry(accepted).measured:
                 seen[measured.client] |= strategy.state.trained(measured, 1)[1]
             return type(strategy).pseudo_gradient(strategy, accepted)
 

@@ -15,7 +15,6 @@ from spry_app.config import RunConfig
 from spry_app.errors import SpryError
 from spry_app.methods import Layout, Method, get_method
 from spry_app.methods.global_state import digest
-from spry_app.objectives import score
 from spry_app.protocol import Introduction, Score, Task, TrainReply, expected_fingerprint, refusal
 
 Answer = Callable[[Message, Context], Message]
@@ -63,8 +62,7 @@ def train(node: Node, message: Message, method: Method, config: RunConfig, state
 @_answer
 def evaluate(node: Node, message: Message, method: Method, config: RunConfig, state: RecordDict) -> Score:
     node.adapted.load_tensors(tensors_of(Task.from_message(message), node, method, config, state))
-    bottom = node.frozen(node.heldout, config.client)
-    return score(node.adapted, node.heldout, config.client.batch_size, bottom.entering if bottom else None)
+    return node.score(config.client)
 
 
 def _check_base(here: str, there: str, config: RunConfig) -> None:

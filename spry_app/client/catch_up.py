@@ -15,7 +15,7 @@ def tensors_of(task: Task, node: Node, method: Method, config: RunConfig, kept: 
 
     kept: what Flower keeps for this node during the run; local training never touches it, so there are no provisional
     steps to take back before the server's are repeated (DeComFL, arXiv:2405.15861, Algorithm 2). Raises SpryError where
-    the log does not follow on what is held or leads elsewhere than on the server; every tensor is then forgotten.
+    the log does not follow on what is held or leads elsewhere than on the server; the server then sends every tensor.
     """
     catch_up = task.catch_up
     if catch_up is None:
@@ -33,8 +33,6 @@ def tensors_of(task: Task, node: Node, method: Method, config: RunConfig, kept: 
                 state.follow(entry)
         state.optimizer.load(task.tensors)
     if state.digest() != catch_up.digest:
-        for name in ("tensors", "moments", "held"):
-            kept.pop(name, None)
         raise SpryError(
             "The tensors rebuilt from the slope log are not the server's, so this node computes otherwise than it; "
             'with send="weights" that does not matter.'

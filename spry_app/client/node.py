@@ -11,7 +11,9 @@ from spry_app.config import AdapterConfig, ClientConfig, ModelConfig, RunConfig
 from spry_app.data import label_names, load_shard
 from spry_app.errors import SpryError
 from spry_app.models import AdaptedModel, load_model
+from spry_app.objectives import score
 from spry_app.prefix import PrefixCache, frozen
+from spry_app.protocol import Score
 from spry_app.tasks import classification
 from spry_app.tasks.classification import Encoded
 
@@ -41,6 +43,11 @@ class Node:
             memory, disk = config.prefix_cache_mib * MIB // 2, config.prefix_cache_disk_mib * MIB // 2
             self._frozen[id(rows)] = frozen(self.adapted, rows, memory, disk)
         return self._frozen[id(rows)]
+
+    def score(self, config: ClientConfig) -> Score:
+        """Of the tensors now loaded, on the rows held out."""
+        bottom = self.frozen(self.heldout, config)
+        return score(self.adapted, self.heldout, config.batch_size, bottom.entering if bottom else None)
 
 
 def load_node(config: RunConfig, node_config: Mapping[str, bool | float | int | str]) -> Node:

@@ -18,7 +18,6 @@ from spry_app.config import RunConfig
 from spry_app.data import batches
 from spry_app.methods import Method
 from spry_app.methods.replay import exact_names, local_optimizer, local_steps, seed_of
-from spry_app.objectives import score
 from spry_app.prefix import PrefixCache, may_start_at
 from spry_app.protocol import Score, Task, TrainReply
 
@@ -92,5 +91,4 @@ def _personal(node: Node, task: Task, trained: Tensors, config: RunConfig) -> Sc
     if not len(node.heldout):
         return None
     node.adapted.load_tensors(task.tensors | trained)
-    bottom = node.frozen(node.heldout, config.client)
-    return score(node.adapted, node.heldout, config.client.batch_size, bottom.entering if bottom else None)
+    return node.score(config.client)

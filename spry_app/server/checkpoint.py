@@ -42,7 +42,7 @@ class Checkpoint:
     def save(self, folder: Path) -> None:
         """Replace the one in `folder`."""
         flat = {
-            f"{group}:{name}": value.clone()
+            f"{group}:{name}": value
             for group in ("tensors", "moments", "update")
             for name, value in getattr(self, group).items()
         }

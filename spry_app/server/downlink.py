@@ -3,7 +3,6 @@
 import dataclasses
 from collections import Counter, deque
 from collections.abc import Callable
-from typing import Protocol
 
 from spry_app.methods.global_state import GlobalState
 from spry_app.protocol import CatchUp, Task
@@ -13,14 +12,18 @@ MOST_LOSSES = 2
 """Messages that a node could not follow, after which it is sent every tensor for the rest of the run."""
 
 
-class Downlink(Protocol):
-    """Told what the server learns of the nodes; asked for what to send them."""
+class Downlink:
+    """Every tensor, to every node, every time. Told what the server learns of the nodes, for those that can use it."""
+
+    def __init__(self, state: GlobalState) -> None:
+        self._state = state
 
     def met(self, node: int, digest: str) -> None:
         """The node has introduced itself; `digest` is of the tensors it starts from."""
 
     def outgoing(self, node: int, task: Task) -> Task:
         """`task`, whose tensors are all of them, as it is to be sent to this node."""
+        return task
 
     def followed(self, node: int) -> None:
         """The node has answered its last message, so it holds what that told."""
@@ -32,29 +35,7 @@ class Downlink(Protocol):
         """A round has changed the state."""
 
 
-class Weights:
-    """Every tensor, to every node, every time."""
-
-    def __init__(self, state: GlobalState) -> None:
-        pass
-
-    def met(self, node: int, digest: str) -> None:
-        pass
-
-    def outgoing(self, node: int, task: Task) -> Task:
-        return task
-
-    def followed(self, node: int) -> None:
-        pass
-
-    def lost(self, node: int) -> None:
-        pass
-
-    def append(self, entry: Entry) -> None:
-        pass
-
-
-class Log:
+class Log(Downlink):
     """The slopes of the rounds that a node has missed, or every tensor where that is less (DeComFL, arXiv:2405.15861).
 
     A node that did not answer may have heard or not: it is sent what both cases need. Tensors that no scalar stands for
@@ -62,7 +43,8 @@ class Log:
     """
 
     def __init__(self, state: GlobalState) -> None:
-        self._state, self._start = state, state.digest()
+        super().__init__(state)
+        self._start = state.digest()
         self._entries: deque[Entry] = deque()
         self._held: dict[int, int] = {}
         """Node -> round after which it holds the state, for certain."""
@@ -117,5 +99,5 @@ class Log:
         return sum(value.nbytes for value in [*kept, *state.optimizer.moments.values()])
 
 
-DOWNLINKS: dict[str, Callable[[GlobalState], Downlink]] = {"weights": Weights, "log": Log}
+DOWNLINKS: dict[str, Callable[[GlobalState], Downlink]] = {"weights": Downlink, "log": Log}
 """Method.send -> what does it."""

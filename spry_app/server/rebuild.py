@@ -29,6 +29,8 @@ def rebuild(log: Path, folder: Path, model: str = "") -> int:
             f"The base model here is not that of the run (fingerprint {adapted.fingerprint[:12]}, the run had "
             f"{header['fingerprint'][:12]}): pin model.revision={config.model.revision!r}, or give its copy by --model."
         )
+    if header["units"] != list(adapted.units):
+        raise SpryError(f"{log} is of a model with the units {header['units']}; here it has {list(adapted.units)}.")
     method = get_method(config).on(Layout(adapted.depths(), len(adapted.blocks)), config.client)
     state = GlobalState(adapted.tensors(), adapted.units, method, config)
     for entry, _ in entries:

@@ -166,7 +166,7 @@ class SpryStrategy(Strategy):
         if personal:
             now.personalised_accuracy = sum(s.correct for s in personal) / sum(s.examples for s in personal)
         before = self.snapshot()
-        entry = self.entry(server_round, accepted)
+        entry = self.entry(accepted)
         self.state.step(server_round, self.pseudo_gradient(accepted))
         after = self.snapshot()
         self.update = {name: value - before[name] for name, value in after.items()}
@@ -182,17 +182,17 @@ class SpryStrategy(Strategy):
         A Strategy that makes it otherwise needs send="weights": clients that follow the slope log would not know.
         """
         as_they_are = mean_change((self.change(task, reply), reply.examples) for task, reply in accepted)
-        round_ = max(task.round for task, _ in accepted)
-        return as_they_are | self.state.change(self.entry(round_, accepted))
+        return as_they_are | self.state.change(self.entry(accepted))
 
-    def entry(self, round_: int, accepted: list[tuple[Task, TrainReply]]) -> Entry:
-        """What was measured in the round; nothing where no scalars came."""
+    def entry(self, accepted: list[tuple[Task, TrainReply]]) -> Entry:
+        """What was measured in the round of these tasks; nothing where no scalars came."""
         measured = [
             self.state.measured(task.client, task.units, reply.examples, reply.slopes)
             for task, reply in accepted
             if reply.slopes
         ]
-        return Entry(round_, merged(measured))
+        (task, _), *_ = accepted
+        return Entry(task.round, merged(measured))
 
     def change(self, task: Task, reply: TrainReply) -> Tensors:
         """What one client asks for by tensors: its gradient, or (value sent - value after its training)."""
