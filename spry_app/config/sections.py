@@ -63,15 +63,32 @@ class AdapterConfig(Section):
     calls them (LoRA), or for PEFT's choice: mostly key, value and the last matrix of the feed-forward layer (IA3)."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """LoRA only: which biases are trained beside it (PEFT's `bias`)."""
+    subspace: Literal["none", "core", "combined", "shared", "random"] = "none"
+    """LoRA only: what of it is trained. "none", all; "core", rank x rank numbers a matrix between two fixed factors;
+    "combined", `coordinates` numbers a matrix, weights of fixed cores; "shared" and "random", `coordinates` numbers in
+    all. What is saved is LoRA. The fewer numbers, the less noise in a gradient made of slopes."""
+    coordinates: int = Field(0, ge=0, lt=2**31)
+    """"combined": numbers trained a matrix, at most rank x rank; "shared", "random": numbers trained in all."""
+    frame: Literal["random", "singular"] = "random"
+    """"core", "combined": the fixed factors. "random", drawn from `seed` by every node; "singular", the first singular
+    vectors of the weights, which the server computes and sends to each node once."""
 
 
 ADAPTER_KEYS: dict[str, frozenset[str]] = {
-    "lora": frozenset({"rank", "alpha", "dropout", "targets", "bias"}),
+    "lora": frozenset({"rank", "alpha", "dropout", "targets", "bias", "subspace", "coordinates", "frame"}),
     "ia3": frozenset({"targets"}),
     "bitfit": frozenset(),
     "none": frozenset(),
 }
 """adapter.kind -> the other keys of `adapter` that it uses."""
+SUBSPACE_KEYS: dict[str, frozenset[str]] = {
+    "none": frozenset(),
+    "core": frozenset({"frame"}),
+    "combined": frozenset({"coordinates", "frame"}),
+    "shared": frozenset({"coordinates"}),
+    "random": frozenset({"coordinates"}),
+}
+"""adapter.subspace -> the keys of `adapter` that it uses and others do not."""
 
 
 class DataConfig(Section):
