@@ -26,7 +26,7 @@ from spry_app.models import AdaptedModel, Fixed, load_model, save_adapter
 from spry_app.models import frames as frames_module
 from spry_app.models.frames import frame, signs, singular, words
 from spry_app.models.quantized import pass_tangents
-from spry_app.models.shared_vector import Transformed
+from spry_app.models.shared_vector import Picked, Transformed
 from spry_app.models.subspace import SUBSPACES
 
 SIZES = {"core": 4 * 9, "singular": 4 * 9, "combined": 4 * 5, "shared": 13, "random": 13}
@@ -120,7 +120,7 @@ def test_the_random_map_keeps_lengths_in_the_mean() -> None:
     for size in (3, 9):
         products = []
         for seed in range(400):
-            maps = {n: Transformed.map_of(f"{seed} {n}", v.numel(), size) for n, v in start.items()}
+            maps = Transformed.maps(seed, {name: value.numel() for name, value in start.items()}, size)
             vector = Transformed([torch.zeros(size, dtype=torch.float64)], start, maps)
             p = torch.stack([_flat(vector.tensors(row)) for row in torch.eye(size).double()], dim=1)
             products.append((p.T @ p).detach())
@@ -128,6 +128,14 @@ def test_the_random_map_keeps_lengths_in_the_mean() -> None:
         error = drawn.std(0) / math.sqrt(len(products)) + 1e-9
         assert ((drawn.mean(0) - torch.eye(size)).abs() <= 5 * error).all()
         assert drawn[:, 0, 1].std() > 0.05  # it is random
+
+
+def test_every_coordinate_of_a_shared_vector_stands_for_about_as_many_numbers() -> None:
+    for size in (1, 13, 99, 100):
+        maps = Picked.maps(0, {"a": 30, "b": 50, "c": 20}, size)
+        uses = torch.bincount(torch.cat(list(maps.values())), minlength=size)
+        assert (uses.min(), uses.max()) == (100 // size, -(-100 // size))
+    assert not torch.equal(maps["a"], maps["a"].sort().values)
 
 
 def test_a_vector_of_thirteen_is_spread_over_all_matrices(folder: str) -> None:

@@ -4,6 +4,7 @@ and agreed upon is not decided here.
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import cast
 
 import numpy as np
@@ -53,19 +54,25 @@ class SharedVector(nn.ParameterList, ABC):
 
 
 class Picked(SharedVector):
-    """Every number is one coordinate, over the root of how many it stands for: P' P = I for all that are used."""
+    """Every number is one coordinate, over the root of how many it stands for, so that P' P = I."""
 
     def __init__(self, chunks: list[Tensor], start: Tensors, maps: Tensors) -> None:
         super().__init__(chunks, start, maps)
         size = sum(chunk.numel() for chunk in chunks)
-        uses = torch.bincount(torch.cat(list(maps.values())), minlength=size).clamp_(min=1)
+        uses = torch.bincount(torch.cat(list(maps.values())), minlength=size)
         self.register_buffer("scale", uses.to(chunks[0].dtype).rsqrt(), persistent=False)
 
     @staticmethod
-    def map_of(coordinates: str, count: int, size: int) -> Tensor:
-        """For each number, that of its coordinate."""
-        upper = np.right_shift(words(coordinates, count), np.uint64(32))
-        return torch.from_numpy(np.right_shift(upper * np.uint64(size), np.uint64(32)).astype(np.int32))
+    def maps(seed: int, counts: Mapping[str, int], size: int) -> Tensors:
+        """For each number, which coordinate it is: dealt out in turn, in a random order over all tensors.
+
+        Where the paper draws each by itself, some coordinates may stand for nothing.
+        """
+        order = np.argsort(np.concatenate([words(f"{seed} {n}", count) for n, count in counts.items()]), kind="stable")
+        dealt = np.empty(len(order), np.int32)
+        dealt[order] = np.arange(len(order)) % size
+        parts = np.split(dealt, np.cumsum(list(counts.values()))[:-1])
+        return dict(zip(counts, map(torch.from_numpy, parts), strict=True))
 
     def spread(self, vector: Tensor) -> Tensor:
         return vector * cast(Tensor, self.scale)
@@ -90,9 +97,10 @@ class Transformed(SharedVector):
             self.register_buffer(f"hadamard_{side}", hadamard(side).to(chunks[0]), persistent=False)
 
     @staticmethod
-    def map_of(coordinates: str, count: int, size: int) -> Tensor:
+    def maps(seed: int, counts: Mapping[str, int], size: int) -> Tensors:
         """A sign for each of N values."""
-        return torch.from_numpy(signs(coordinates, _power_of_two(max(count, size))))
+        lengths = {name: _power_of_two(max(count, size)) for name, count in counts.items()}
+        return {name: torch.from_numpy(signs(f"{seed} {name}", length)) for name, length in lengths.items()}
 
     def spread(self, vector: Tensor) -> Tensor:
         return self._transform(F.pad(vector, (0, _power_of_two(self.size) - self.size)))

@@ -198,7 +198,7 @@ def _one_vector(kind: type[Picked] | type[Transformed]) -> "Make":
             )
         for weight, value in start.items():
             value.copy_(_start(weight, value, seed))
-        maps = {weight: kind.map_of(f"{seed} {weight}", value.numel(), size) for weight, value in start.items()}
+        maps = kind.maps(seed, {weight: value.numel() for weight, value in start.items()}, size)
         fixed = Fixed.of(maps | {weight: value.detach().to("cpu", torch.float32) for weight, value in start.items()})
         like = next(iter(start.values()))
         chunks = [part.clone() for part in like.new_zeros(size).tensor_split(min(len(layers), size))]
