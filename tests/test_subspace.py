@@ -320,3 +320,20 @@ def test_a_frame_of_another_model_is_refused(folder: str) -> None:
     frame = _load(folder, **MAPS["singular"]).subspace.sent
     with pytest.raises(SpryError, match=r"adapter\.frame='singular'\) is for other matrices .* adapter\.rank=2"):
         _load(folder, given=frame, **MAPS["singular"] | {"rank": 2})
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+@pytest.mark.parametrize("kind", ["combined", "shared"])
+def test_biases_and_dropout_go_with_a_subspace(tmp_path: Path, folder: str, kind: str, bias: str) -> None:
+    adapted = _load(folder, bias=bias, dropout=0.5, **MAPS[kind])
+    names = {name for unit in adapted.units.values() for name in unit}
+    assert {name for name in names if name.endswith("bias")} == {
+        name for unit in _load(folder, bias=bias).units.values() for name in unit if name.endswith("bias")
+    }
+    trained = shaken(adapted.tensors())
+    one, again, none = (adapted.logits(trained, _inputs(adapted), dropout=seed) for seed in (3, 3, None))
+    assert torch.equal(one, again) and not torch.equal(one, none)
+    save_adapter(adapted, trained, tmp_path)
+    fresh = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
+    loaded = PeftModel.from_pretrained(fresh, str(tmp_path)).eval()
+    torch.testing.assert_close(loaded(**_inputs(adapted)).logits, none, rtol=1e-5, atol=1e-5)
