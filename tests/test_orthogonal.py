@@ -92,7 +92,8 @@ def test_as_many_directions_as_dimensions_give_backprops_gradient(name: str) -> 
 
 
 @pytest.mark.parametrize(
-    ("dimension", "clients", "directions"), [(13, 13, 1), (13, 5, 3), (13, 20, 1), (96, 6, 16), (96, 6, 20), (7, 2, 9)]
+    ("dimension", "clients", "directions"),
+    [(13, 13, 1), (13, 5, 3), (13, 20, 1), (96, 6, 16), (96, 6, 20), (7, 2, 9), (6, 4, 5)],
 )
 def test_clients_that_fill_a_frame_have_the_gradient_itself_as_their_mean(
     dimension: int, clients: int, directions: int
@@ -103,6 +104,15 @@ def test_clients_that_fill_a_frame_have_the_gradient_itself_as_their_mean(
     found = [estimate(gradient, like, Seed(3, 1, client, 2, clients), directions) for client in range(clients)]
     assert float((found[0] - gradient).norm()) > 0.1 * float(gradient.norm()) or directions >= dimension
     torch.testing.assert_close(torch.stack(found).mean(0), gradient, rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize(("dimension", "clients"), [(48, 6), (48, 5), (12, 8), (6, 12), (5, 1)])
+def test_whoever_takes_as_many_directions_as_dimensions_has_its_own_gradient(dimension: int, clients: int) -> None:
+    """However many share the frame: nobody measures a column twice before all."""
+    gradient = torch.randn(dimension, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for client in range(clients):
+        found = estimate(gradient, of_size(dimension), Seed(3, 1, client, 2, clients), dimension)
+        torch.testing.assert_close(found, gradient, rtol=0, atol=3e-6)
 
 
 def test_those_who_share_a_frame_take_parts_of_it_that_are_apart() -> None:

@@ -37,7 +37,8 @@ def direction(seed: Seed, k: int, like: Mapping[str, torch.Tensor]) -> Tensors:
     sqrt(d): the same columns for all who share the frame, numbers apart (orthogonal.py).
     """
     if seed.sharing:
-        return _cut(_frame(seed, like).columns({k * seed.sharing + seed.client: 1.0}), like)
+        frame = _frame(seed, like)
+        return _cut(frame.columns({_column(k, seed, frame.dimension): 1.0}), like)
     return {name: torch.from_numpy(_normals(seed, k, name, tensor.shape)) for name, tensor in like.items()}
 
 
@@ -71,14 +72,27 @@ def _normals(seed: Seed, k: int, name: str, shape: torch.Size) -> Singles:
 
 def _orthogonal_mean(slopes: Sequence[float], seed: Seed, like: Mapping[str, torch.Tensor]) -> Singles:
     frame = _frame(seed, like)
-    rounds, rest = divmod(len(slopes) * seed.sharing, frame.dimension)
+    laps, rest = divmod(len(slopes) * seed.sharing, frame.dimension)
     weights: dict[int, float] = {}
     for k, slope in enumerate(slopes):
-        column = (k * seed.sharing + seed.client) % frame.dimension
-        times = rounds + (column < rest)  # by all who share the frame
-        part = seed.sharing / (times * frame.dimension) if rounds else 1 / len(slopes)
+        column = _column(k, seed, frame.dimension)
+        last = (column - laps * frame.dimension // _cycle(seed, frame.dimension)) % frame.dimension
+        times = laps + (last < rest)  # by all who share the frame
+        part = seed.sharing / (times * frame.dimension) if laps else 1 / len(slopes)
         weights[column] = weights.get(column, 0.0) + slope * part
     return frame.columns(weights)
+
+
+def _column(k: int, seed: Seed, dimension: int) -> int:
+    """Those who share a frame take its columns in turns, lap after lap. Where a client would come to its own again, all
+    move on by one, so that nobody measures a column twice before all.
+    """
+    number = k * seed.sharing + seed.client
+    return (number + number // _cycle(seed, dimension)) % dimension
+
+
+def _cycle(seed: Seed, dimension: int) -> int:
+    return math.lcm(seed.sharing, dimension)
 
 
 def _frame(seed: Seed, like: Mapping[str, torch.Tensor]) -> Frame:
