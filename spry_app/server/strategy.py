@@ -19,7 +19,6 @@ from spry_app.protocol import (
     EVALUATE,
     TRAIN,
     MalformedReply,
-    Score,
     Task,
     TrainReply,
     refusal_reason,
@@ -30,9 +29,9 @@ from spry_app.server.checkpoint import Checkpoint, Progress
 from spry_app.server.checks import most_forwards, problem
 from spry_app.server.dealing import deal_out
 from spry_app.server.downlink import DOWNLINKS
+from spry_app.server.evaluation import is_due, scoring_tasks, summed
 from spry_app.server.fleet import Fleet
 from spry_app.server.record import Recorder
-from spry_app.server.stopping import decide
 from spry_app.slope_log import Entry
 
 MOST_BARREN_ROUNDS = 3
@@ -257,33 +256,15 @@ class SpryStrategy(Strategy):
     ) -> Iterable[Message]:
         """Ask clients to score the global model, where the server has no test set of its own."""
         server_round += self.rounds_before
-        server = self.config.server
-        last = decide(self.config, self.recorder)
-        if not (self.score_on_clients and server.fraction_evaluate and (last or self.config.evaluates(server_round))):
+        if not (self.score_on_clients and is_due(self.config, self.recorder, server_round)):
             return []
-        nodes = self.fleet.available(grid)
-        nodes = self.fleet.sample(nodes, server.fraction_evaluate, 1, (self.config.seed, server_round, 1))
         tensors = self.snapshot()
-        tasks = {
-            node: Task(round=server_round, client=index, tensors=tensors, units=(), fingerprint=self.fingerprint)
-            for index, node in enumerate(nodes)
-        }
+        tasks = scoring_tasks(self.config, self.fleet, grid, server_round, tensors, self.fingerprint)
         return self._messages(tasks, EVALUATE)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Sum the clients' scores into the round's."""
-        total = Score(loss=0.0, correct=0, examples=0)
-        for message in replies:
-            self.recorder.received(size_bytes(message))
-            try:
-                self._check(message)
-                total += Score.from_message(message)
-            except MalformedReply as error:
-                self.recorder.refuse(message.metadata.src_node_id, str(error))
-        if not total.examples:
-            return None
-        self.recorder.score = total
-        return MetricRecord({"loss": total.loss / total.examples, "accuracy": total.correct / total.examples})
+        return summed(replies, self.recorder, self._check)
 
     def summary(self) -> None:
         """Say what will run."""
