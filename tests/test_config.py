@@ -17,7 +17,8 @@ PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
     [
         ({"metod": "spry"}, "Unknown run-config key 'metod'. Did you mean 'method'?"),
         ({"client.learning_rate": 0.1}, "Did you mean 'client.learning-rate'?"),
-        ({"directions": 2}, "Did you mean 'client.directions'?"),
+        ({"local-steps": 2}, "Did you mean 'client.local-steps'?"),
+        ({"directions": 2}, "Run-config key 'directions' is 2: input should be '', 'gaussian' or 'orthogonal'"),
         ({"zzz": 2}, "Known keys are listed in pyproject.toml."),
         ({"client.learning-rate": "high"}, "'client.learning-rate' is 'high': input should be a valid number."),
         ({"client.learning-rate": -1.0}, "greater than 0"),

@@ -43,6 +43,10 @@ class RunConfig(Section):
     assign: Literal["", "every-unit", "cyclic", "by-depth"] = ""
     """Which client trains which units: all of them, dealt like cards (SPRY), or bands of neighbours with the upper ones
     for the nodes that state the least memory. Empty for the method's own."""
+    directions: Literal["", "gaussian", "orthogonal"] = ""
+    """Of slopes: independent Gaussian ones, whose estimate has the relative squared error (d + 1) / K for d perturbed
+    numbers and `client.directions` K; or orthogonal ones, with (d - K) / K: exact at K = d. Clients that hold the same
+    units take disjoint parts of one orthogonal frame. Empty for the method's own."""
     send: Literal["", "weights", "log"] = ""
     """What travels down in a method whose clients reply with slopes: every tensor, or the slopes of the rounds that a
     client has missed, from which it rebuilds them. Empty for the method's own."""

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
-from spry_app.autodiff.directions import Tensors
+from spry_app.autodiff.directions import Seed, Tensors
 from spry_app.config import RunConfig
 from spry_app.methods.method import Method
-from spry_app.methods.replay import HEAD, exact_names, local_optimizer, replay, seed_of
+from spry_app.methods.replay import HEAD, exact_names, local_optimizer, replay
 from spry_app.optimizers import SERVER_OPTIMIZERS, NamedOptimizer, Rule
 from spry_app.slope_log import Entry, Measured
 
@@ -43,11 +43,15 @@ class GlobalState:
         self.optimizer.step(pseudo_gradient)
         self.round = round_
 
-    def measured(self, client: int, units: Iterable[str], examples: int, slopes: Sequence[Sequence[float]]) -> Measured:
-        """As the log has it: units by number, and only those with tensors that the scalars stand for."""
+    def measured(
+        self, number: int, sharing: int, units: Iterable[str], examples: int, slopes: Sequence[Sequence[float]]
+    ) -> Measured:
+        """As the log has it: units by number, and only those with tensors that the scalars stand for.
+
+        number, sharing: of the seed.
+        """
         numbers = (self._numbers.index(unit) for unit in units if not self.exact.issuperset(self._units[unit]))
-        seed = seed_of(self._method, self._config, 0, client)
-        return Measured(seed.client, tuple(numbers), examples, tuple(map(tuple, slopes)))
+        return Measured(number, tuple(numbers), examples, tuple(map(tuple, slopes)), sharing)
 
     def change(self, entry: Entry) -> Tensors:
         """Pseudo-gradient of the tensors that the round's scalars stand for: the mean of the clients' changes."""
@@ -62,7 +66,7 @@ class GlobalState:
         now = self.optimizer.tensors
         names = (name for number in measured.units for name in self._units[self._numbers[number]])
         before = {name: now[name] for name in names if name not in self.exact}
-        seed = seed_of(self._method, self._config, round_, measured.client)
+        seed = Seed(self._config.seed, round_, measured.client, step=0, sharing=measured.sharing)
         optimizer = local_optimizer(before, self._units, self._config.client)
         return before, replay(optimizer, measured.slopes, seed, self._method.gradient)
 
@@ -110,7 +114,7 @@ def _mean(group: Sequence[Measured]) -> Measured:
     examples = sum(reply.examples for reply in group)
     weighted = [torch.tensor(reply.slopes, dtype=torch.float64) * reply.examples for reply in group]
     mean = torch.stack(weighted).sum(0) / examples
-    return Measured(first.client, first.units, examples, tuple(map(tuple, mean.tolist())))
+    return Measured(first.client, first.units, examples, tuple(map(tuple, mean.tolist())), first.sharing)
 
 
 def digest(tensors: Tensors) -> str:

@@ -14,7 +14,7 @@ from spry_app.config import RunConfig
 from spry_app.errors import SpryError
 from spry_app.methods import Method
 from spry_app.methods.global_state import GlobalState, mean_change, merged
-from spry_app.methods.replay import local_steps
+from spry_app.methods.replay import local_steps, seats
 from spry_app.protocol import (
     EVALUATE,
     TRAIN,
@@ -102,6 +102,7 @@ class SpryStrategy(Strategy):
             nodes, server.fraction_train, server.min_train_nodes, (self.config.seed, server_round)
         )
         hands = self.assign(self.fleet.memory_mib(clients), server_round)
+        seats_of = seats(self.method, self.config.client, [self.perturbed(units) for units in hands])
         due = self.config.evaluates(server_round)
         tensors = self.snapshot()
         self.tasks = {
@@ -111,11 +112,14 @@ class SpryStrategy(Strategy):
                 tensors=tensors,
                 units=tuple(units),
                 fingerprint=self.fingerprint,
+                number=seat.number,
+                sharing=seat.sharing,
+                directions=seat.directions,
                 evaluate=due,
                 measure=due and index == server_round % len(clients),
                 update=self.update_for(units),
             )
-            for index, (node, units) in enumerate(zip(clients, hands, strict=True))
+            for index, (node, units, seat) in enumerate(zip(clients, hands, seats_of, strict=True))
         }
         self.recorder.current.asked = len(self.tasks)
         return self._messages(self.tasks, TRAIN)
@@ -128,11 +132,16 @@ class SpryStrategy(Strategy):
         self.recorder.sent(sum(map(size_bytes, messages)))
         return messages
 
+    def perturbed(self, units: Iterable[str]) -> dict[str, int]:
+        """The tensors that slopes of these units are for, and how many numbers each has."""
+        names = (name for unit in units for name in self.units[unit] if name not in self.state.exact)
+        return {name: self.state.optimizer.tensors[name].numel() for name in names}
+
     def update_for(self, units: Iterable[str]) -> Tensors:
         """What the method needs of the last update to choose directions for these units; nothing in the first round."""
         if not (self.method.pick.needs_update and self.update):
             return {}
-        return {name: self.update[name] for unit in units for name in self.units[unit] if name not in self.state.exact}
+        return {name: self.update[name] for name in self.perturbed(units)}
 
     def assign(self, memory_mib: Sequence[float], round_: int) -> list[list[str]]:
         """The units of each client.
@@ -186,7 +195,7 @@ class SpryStrategy(Strategy):
     def entry(self, accepted: list[tuple[Task, TrainReply]]) -> Entry:
         """What was measured in the round of these tasks; nothing where no scalars came."""
         measured = [
-            self.state.measured(task.client, task.units, reply.examples, reply.slopes)
+            self.state.measured(task.number, task.sharing, task.units, reply.examples, reply.slopes)
             for task, reply in accepted
             if reply.slopes
         ]
@@ -235,9 +244,9 @@ class SpryStrategy(Strategy):
         scalars = asked.keys() - as_they_are
         steps = local_steps(self.method, self.config.client) if scalars else 0
         tensors = {name: asked[name] for name in as_they_are}
-        gradient, directions = self.gradient(task), self.config.client.directions
-        slopes = directions * gradient.slopes_per_direction
-        return problem(reply, tensors, steps, slopes, most_forwards(gradient, directions))
+        gradient = self.gradient(task)
+        slopes = task.directions * gradient.slopes_per_direction
+        return problem(reply, tensors, steps, slopes, most_forwards(gradient, task.directions))
 
     def _check(self, message: Message) -> None:
         """Whether the node has followed and answered. Raises MalformedReply."""
