@@ -7,6 +7,7 @@ from spry_app.config.sections import (
     ClientConfig,
     DataConfig,
     ModelConfig,
+    NoiseConfig,
     ServerConfig,
     StopConfig,
 )
@@ -17,6 +18,7 @@ __all__ = [
     "ClientConfig",
     "DataConfig",
     "ModelConfig",
+    "NoiseConfig",
     "RunConfig",
     "Scalar",
     "ServerConfig",

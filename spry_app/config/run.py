@@ -18,6 +18,7 @@ from spry_app.config.sections import (
     Count,
     DataConfig,
     ModelConfig,
+    NoiseConfig,
     Section,
     ServerConfig,
     StopConfig,
@@ -67,6 +68,7 @@ class RunConfig(Section):
     data: DataConfig = DataConfig()
     client: ClientConfig = ClientConfig()
     server: ServerConfig = ServerConfig()
+    noise: NoiseConfig = NoiseConfig()
     stop: StopConfig = StopConfig()
 
     @model_validator(mode="after")

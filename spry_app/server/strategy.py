@@ -14,6 +14,7 @@ from spry_app.config import RunConfig
 from spry_app.errors import SpryError
 from spry_app.methods import Method
 from spry_app.methods.global_state import GlobalState, mean_change, merged
+from spry_app.methods.noise import Hand
 from spry_app.methods.replay import local_steps, seats
 from spry_app.protocol import (
     EVALUATE,
@@ -31,6 +32,7 @@ from spry_app.server.dealing import deal_out
 from spry_app.server.downlink import DOWNLINKS
 from spry_app.server.evaluation import is_due, scoring_tasks, summed
 from spry_app.server.fleet import Fleet
+from spry_app.server.noise import hands_of, mostly_noise, noise_of
 from spry_app.server.record import Recorder
 from spry_app.slope_log import Entry
 
@@ -122,6 +124,8 @@ class SpryStrategy(Strategy):
             for index, (node, units, seat) in enumerate(zip(clients, hands, seats_of, strict=True))
         }
         self.recorder.current.asked = len(self.tasks)
+        if server_round == self.rounds_before + 1:
+            self.recorder.warn(mostly_noise(self.state, self.method, self.tasks.values()))
         return self._messages(self.tasks, TRAIN)
 
     def _messages(self, tasks: dict[int, Task], message_type: str) -> list[Message]:
@@ -175,7 +179,7 @@ class SpryStrategy(Strategy):
             now.personalised_accuracy = sum(s.correct for s in personal) / sum(s.examples for s in personal)
         before = self.snapshot()
         entry = self.entry(accepted)
-        self.state.step(server_round, self.pseudo_gradient(accepted))
+        self.state.step(server_round, self.pseudo_gradient(accepted), self.hands(accepted))
         after = self.snapshot()
         self.update = {name: value - before[name] for name, value in after.items()}
         self.downlink.append(entry)
@@ -189,8 +193,17 @@ class SpryStrategy(Strategy):
 
         A Strategy that makes it otherwise needs send="weights": clients that follow the slope log would not know.
         """
-        as_they_are = mean_change((self.change(task, reply), reply.examples) for task, reply in accepted)
-        return as_they_are | self.state.change(self.entry(accepted))
+        as_they_are = [(self.change(task, reply), reply.examples) for task, reply in accepted]
+        rebuilt = list(self.state.changes(self.entry(accepted)))
+        changes, hands = [*as_they_are, *rebuilt], self.hands(accepted)
+        self.recorder.current.noise = noise_of(self.state, self.method, self.units, changes, hands)
+        return mean_change(as_they_are) | mean_change(rebuilt)
+
+    def hands(self, accepted: list[tuple[Task, TrainReply]]) -> list[Hand]:
+        """What these clients perturbed, as their log tells it where there is one."""
+        if self.method.reply == "slopes":
+            return self.state.hands(self.entry(accepted))
+        return hands_of(self.state, self.method, ((task, reply.examples) for task, reply in accepted))
 
     def entry(self, accepted: list[tuple[Task, TrainReply]]) -> Entry:
         """What was measured in the round of these tasks; nothing where no scalars came."""
