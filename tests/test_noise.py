@@ -12,6 +12,7 @@ from spry_app.methods.noise import (
     Noise,
     expected_cosine,
     expected_cosines,
+    fewest_directions,
     measured_noise,
     overall,
     warning,
@@ -132,9 +133,29 @@ def test_units_add_up() -> None:
     assert overall([]) is None
 
 
+@pytest.mark.parametrize("kind", RELATIVE_NOISE)
+@pytest.mark.parametrize("target", [0.05, 0.3, 0.6, 1.0])
+def test_no_unit_falls_short_with_the_fewest_directions_and_one_fewer_is_not_enough(kind: str, target: float) -> None:
+    """Against trying every K in turn; unequal hands, then hands that are alike, where the formula can be inverted."""
+    hands = [Hand(("a", "b"), 30, 9), Hand(("a", "b"), 30, 9), Hand(("c",), 10, 9), Hand(("c", "b"), 40, 9)]
+    most = 24
+    needed, reached = fewest_directions(hands, kind, target, most)
+    tried = [expected_cosines([Hand(h.units, h.dimensions, k) for h in hands], kind) for k in range(1, most + 1)]
+    for unit, count in needed.items():
+        enough = [k for k, cosines in enumerate(tried, 1) if cosines[unit] >= target - 1e-9]
+        assert count == min(enough, default=most)
+    assert reached == all(cosine >= target - 1e-9 for cosine in tried[-1].values())
+    mixed = [Hand(h.units, h.dimensions, max(needed[unit] for unit in h.units)) for h in hands]
+    assert not reached or min(expected_cosines(mixed, kind).values()) >= target - 1e-9
+    if target < 1:
+        total = {"gaussian": target**2 * 31 / (1 - target**2), "orthogonal": target**2 * 30}[kind]
+        alike, _ = fewest_directions([Hand(("a",), 30, 1)] * 3, kind, target, most)
+        assert alike["a"] == min(most, math.ceil(total / 3 - 1e-9))
+
+
 def test_mostly_noise_is_said_in_numbers() -> None:
     hands = [Hand(("a",), 9216, 1), *[Hand(("b",), 10, 8)] * 5]
-    assert warning(hands).startswith("d=9,216, K=1, 1 of 6 clients a unit: expected cosine 0.01, ")
+    assert warning(hands).startswith("d=9,216, K=1, 1 of 6 clients a unit: expected cosine 0.01, below 0.1; ")
     enough = math.ceil(1 / MOSTLY_NOISE**2)
     assert warning([Hand(("a",), enough - 1, 1)], "orthogonal") == ""
     assert "more directions" in warning([Hand(("a",), enough + 1, 1)], "orthogonal")

@@ -98,8 +98,8 @@ def test_a_run_of_mostly_noise_is_warned_of_once(method: str, run_config: dict, 
     federation = Federation(tmp_path, run_config | keys)
     federation.start(CLIENTS, rounds=2)
     said = {
-        "spry": f"d=1,024, K=1, 3 of 3 clients a unit: expected cosine {expected_cosine(1024, 3):.2g}, so a step",
-        "decomfl": f"d=1,024, K=1, 1 of 1 clients a unit: expected cosine {expected_cosine(1024, 1):.2g}, so a step",
+        "spry": f"d=1,024, K=1, 3 of 3 clients a unit: expected cosine {expected_cosine(1024, 3):.2g}, below 0.1",
+        "decomfl": f"d=1,024, K=1, 1 of 1 clients a unit: expected cosine {expected_cosine(1024, 1):.2g}, below 0.1",
     }
     said["spry-per-iteration"] = said["spry"]
     assert len(federation.recorder.warnings) == (method in said)
@@ -151,3 +151,49 @@ def test_whoever_follows_the_log_scales_to_the_same_bits(
         results.append(federation.strategy.snapshot())
     assert same(*results)
     assert rebuild(tmp_path / "log" / "slopes.jsonl", tmp_path / "adapter") == 4
+
+
+@pytest.mark.parametrize("directions", ["gaussian", "orthogonal"])
+@pytest.mark.parametrize("method", ["spry", "spry-per-iteration", "decomfl"])
+def test_a_target_takes_the_fewest_directions_that_reach_it(
+    method: str, directions: str, run_config: dict, tmp_path: Path
+) -> None:
+    """Four units of 64 numbers on three clients: one of them holds two under SPRY's split, every one all of DeComFL."""
+    target = 0.25
+    keys = {"method": method, "directions": directions, "noise.target-cosine": target, "client.directions": 64}
+    federation = Federation(tmp_path, run_config | keys)
+    federation.start(CLIENTS, rounds=1)
+    assert federation.recorder.current.answered == CLIENTS
+    assert not federation.recorder.warnings
+    taken = {len(task.units) - 1: task.directions for task in federation.strategy.tasks.values()}
+    assert set(taken) == ({4} if method == "decomfl" else {1, 2})
+    for units, count in taken.items():
+        assert expected_cosine(64 * units, count, directions) >= target - 1e-9
+        assert expected_cosine(64 * units, count - 1, directions) < target
+
+
+@pytest.mark.parametrize(("target", "asked"), [(0.0, 2), (0.05, 2), (0.2, 4), (0.9, 7)])
+def test_more_clients_take_part_where_directions_do_not_do(
+    target: float, asked: int, run_config: dict, tmp_path: Path
+) -> None:
+    """By hand: 256 numbers on all m clients, 3 directions each: sqrt(3 m / (257 + 3 m)) is 0.184 for 3, 0.211 for 4."""
+    keys = {"method": "fedfgd", "noise.target-cosine": target, "client.directions": 3, "server.fraction-train": 0.1}
+    federation = Federation(tmp_path, run_config | keys)
+    federation.start(7, rounds=1)
+    assert federation.recorder.current.answered == asked
+    assert {task.directions for task in federation.strategy.tasks.values()} == {1 if target == 0.05 else 3}
+    (sentence,) = federation.recorder.warnings if target in (0.05, 0.9) else ("",)
+    assert ("below 0.9" in sentence) == (target == 0.9)
+
+
+def test_clients_that_follow_the_log_need_not_know_the_target(run_config: dict, tmp_path: Path) -> None:
+    results = []
+    for send in ("weights", "log"):
+        keys = {"noise.target-cosine": 0.2, "client.directions": 64, "noise.scale-step": True}
+        federation = Federation(tmp_path / send, run_config | keys | {"method": "spry-per-iteration", "send": send})
+        federation.start(CLIENTS, rounds=3)
+        assert [line.answered for line in federation.recorder.rounds[1:]] == [3, 3, 3]
+        assert len({task.directions for task in federation.strategy.tasks.values()}) == 2
+        results.append(federation.strategy.snapshot())
+    assert same(*results)
+    assert rebuild(tmp_path / "log" / "slopes.jsonl", tmp_path / "adapter") == 3

@@ -2,7 +2,10 @@
 numbers; nothing here steps, sends or writes.
 """
 
+import dataclasses
+import functools
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +15,9 @@ from torch import Tensor
 from spry_app.autodiff.directions import Tensors
 
 MOSTLY_NOISE = 0.1
-"""Expected cosine with its own true gradient below which a mean estimate deserves a warning."""
+"""Expected cosine with its own true gradient below which a mean estimate is mostly noise and deserves a warning."""
+
+_ROUNDING = 1e-9
 
 RELATIVE_NOISE: dict[str, Callable[[int, float], float]] = {
     "gaussian": lambda d, n: (d + 1) / n,
@@ -75,17 +80,36 @@ def _of_unit(holders: Sequence[Hand], kind: str) -> float:
     return _cosine(noise)
 
 
-def warning(hands: Sequence[Hand], kind: str = "gaussian") -> str:
-    """A sentence on the unit that is worst off in a round, where its mean is mostly noise; empty where none is."""
+def fewest_directions(hands: Sequence[Hand], kind: str, target: float, most: int) -> tuple[dict[str, int], bool]:
+    """Unit -> the least K of its holders, at most `most`, with which its mean has an expected cosine of `target`; and
+    whether all units reach it.
+
+    hands: as `expected_cosines`; their own directions do not count. A client whose K is the greatest of its units'
+    leaves none of them short.
+    """
+
+    @functools.cache
+    def cosines(directions: int) -> dict[str, float]:
+        return expected_cosines([dataclasses.replace(hand, directions=directions) for hand in hands], kind)
+
+    def enough(unit: str) -> int:
+        return 1 + bisect_left(range(1, most), True, key=lambda k: cosines(k)[unit] >= target - _ROUNDING)
+
+    reached = all(cosine >= target - _ROUNDING for cosine in cosines(most).values())
+    return {unit: enough(unit) for unit in cosines(most)}, reached
+
+
+def warning(hands: Sequence[Hand], kind: str = "gaussian", least: float = MOSTLY_NOISE) -> str:
+    """A sentence on the unit that is worst off in a round, where its expected cosine is below `least`; else empty."""
     cosines = expected_cosines(hands, kind)
     worst = min(cosines, key=lambda unit: cosines[unit], default="")
-    if not worst or cosines[worst] >= MOSTLY_NOISE:
+    if not worst or cosines[worst] >= least - _ROUNDING:
         return ""
     holders = [hand for hand in hands if worst in hand.units]
     most = max(holders, key=lambda hand: hand.dimensions / hand.directions)
     return (
         f"d={most.dimensions:,}, K={most.directions}, {len(holders)} of {len(hands)} clients a unit: expected cosine "
-        f"{cosines[worst]:.2g}, so a step is mostly noise; use fewer dimensions (adapter.subspace), more directions "
+        f"{cosines[worst]:.2g}, below {least:g}; use fewer dimensions (adapter.subspace), more directions "
         '(client.directions), or gradient="backprop".'
     )
 

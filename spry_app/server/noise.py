@@ -7,29 +7,31 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from spry_app.autodiff.directions import Tensors
+from spry_app.config import RunConfig
 from spry_app.methods import Method
 from spry_app.methods.global_state import GlobalState
-from spry_app.methods.noise import Hand, Noise, expected_cosines, measured_noise, overall, warning
+from spry_app.methods.noise import MOSTLY_NOISE, Hand, Noise, expected_cosines, measured_noise, overall, warning
 from spry_app.protocol import Task
 
 
-def hands_of(state: GlobalState, method: Method, tasks: Iterable[tuple[Task, int]]) -> list[Hand]:
-    """What clients perturb, for tasks and the examples of their replies; nothing for a gradient without slopes.
+def hands_of(state: GlobalState, method: Method, clients: Iterable[tuple[Sequence[str], int, int]]) -> list[Hand]:
+    """What clients perturb, of each its units, directions and examples; nothing for a gradient without slopes.
 
     Those who share their directions count as one.
     """
     if method.gradient.slopes is None:
         return []
-    hands = [state.hand(task.units, task.directions, examples) for task, examples in tasks]
+    hands = [state.hand(*client) for client in clients]
     if method.seeds == "own":
         return hands
     alike = {hand.units: hand for hand in hands}
     return list(alike.values())
 
 
-def mostly_noise(state: GlobalState, method: Method, tasks: Iterable[Task]) -> str:
-    """A sentence where a round of these tasks will step along what is mostly noise; else empty."""
-    return warning(hands_of(state, method, ((task, 1) for task in tasks)), method.directions)
+def too_noisy(config: RunConfig, state: GlobalState, method: Method, tasks: Iterable[Task]) -> str:
+    """A sentence where what these tasks will give is mostly noise, or short of `noise.target-cosine`; else empty."""
+    hands = hands_of(state, method, ((task.units, task.directions, 1) for task in tasks))
+    return warning(hands, method.directions, max(MOSTLY_NOISE, config.noise.target_cosine))
 
 
 def noise_of(

@@ -28,11 +28,12 @@ from spry_app.protocol import (
 )
 from spry_app.server.checkpoint import Checkpoint, Progress
 from spry_app.server.checks import most_forwards, problem
+from spry_app.server.crew import crew
 from spry_app.server.dealing import deal_out
 from spry_app.server.downlink import DOWNLINKS
 from spry_app.server.evaluation import is_due, scoring_tasks, summed
 from spry_app.server.fleet import Fleet
-from spry_app.server.noise import hands_of, mostly_noise, noise_of
+from spry_app.server.noise import hands_of, noise_of, too_noisy
 from spry_app.server.record import Recorder
 from spry_app.slope_log import Entry
 
@@ -98,13 +99,9 @@ class SpryStrategy(Strategy):
         """One message a node: its units, its seed, the current adapter."""
         server_round += self.rounds_before
         self.recorder.begin(server_round)
-        server = self.config.server
         nodes = self.fleet.available(grid)
-        clients = self.fleet.sample(
-            nodes, server.fraction_train, server.min_train_nodes, (self.config.seed, server_round)
-        )
-        hands = self.assign(self.fleet.memory_mib(clients), server_round)
-        seats_of = seats(self.method, self.config.client, [self.perturbed(units) for units in hands])
+        clients = crew(self.config, self.method, self.state, self.fleet, nodes, self.assign, server_round)
+        seats_of = seats(self.method, clients.directions, [self.perturbed(units) for units in clients.units])
         due = self.config.evaluates(server_round)
         tensors = self.snapshot()
         self.tasks = {
@@ -118,14 +115,14 @@ class SpryStrategy(Strategy):
                 sharing=seat.sharing,
                 directions=seat.directions,
                 evaluate=due,
-                measure=due and index == server_round % len(clients),
+                measure=due and index == server_round % len(seats_of),
                 update=self.update_for(units),
             )
-            for index, (node, units, seat) in enumerate(zip(clients, hands, seats_of, strict=True))
+            for index, (node, units, seat) in enumerate(zip(clients.nodes, clients.units, seats_of, strict=True))
         }
         self.recorder.current.asked = len(self.tasks)
         if server_round == self.rounds_before + 1:
-            self.recorder.warn(mostly_noise(self.state, self.method, self.tasks.values()))
+            self.recorder.warn(too_noisy(self.config, self.state, self.method, self.tasks.values()))
         return self._messages(self.tasks, TRAIN)
 
     def _messages(self, tasks: dict[int, Task], message_type: str) -> list[Message]:
@@ -203,7 +200,7 @@ class SpryStrategy(Strategy):
         """What these clients perturbed, as their log tells it where there is one."""
         if self.method.reply == "slopes":
             return self.state.hands(self.entry(accepted))
-        return hands_of(self.state, self.method, ((task, reply.examples) for task, reply in accepted))
+        return hands_of(self.state, self.method, ((t.units, t.directions, reply.examples) for t, reply in accepted))
 
     def entry(self, accepted: list[tuple[Task, TrainReply]]) -> Entry:
         """What was measured in the round of these tasks; nothing where no scalars came."""
