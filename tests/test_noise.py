@@ -1,10 +1,12 @@
 """Noise as expected and as measured, against estimates that were drawn: fixed seeds, five standard errors."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
 
+from spry_app.config import keys
 from spry_app.methods.noise import (
     MOSTLY_NOISE,
     RELATIVE_NOISE,
@@ -49,6 +51,10 @@ def test_the_expected_cosine_is_that_of_drawn_estimates(kind: str, dimensions: i
     n, d = directions, dimensions
     formula = {"gaussian": math.sqrt(n / (d + n + 1)), "orthogonal": math.sqrt(n / d)}[kind]
     assert expected_cosine(dimensions, directions, kind) == pytest.approx(formula, rel=1e-12)
+
+
+def test_every_kind_of_directions_has_its_formula() -> None:
+    assert set(get_args(dict(keys())["directions"].annotation)) == {"", *RELATIVE_NOISE}
 
 
 def test_nothing_perturbed_has_no_noise_and_a_whole_frame_neither() -> None:
