@@ -110,7 +110,7 @@ def warning(hands: Sequence[Hand], kind: str = "gaussian", least: float = MOSTLY
     return (
         f"d={most.dimensions:,}, K={most.directions}, {len(holders)} of {len(hands)} clients a unit: expected cosine "
         f"{cosines[worst]:.2g}, below {least:g}; use fewer dimensions (adapter.subspace), more directions "
-        '(client.directions), or gradient="backprop".'
+        '(client.directions), or backprop (method="fedyogi").'
     )
 
 
