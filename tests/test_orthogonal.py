@@ -135,19 +135,18 @@ def test_a_frame_depends_on_names_not_on_their_order_and_differs_from_step_to_st
 
 def test_clients_with_the_same_tensors_share_a_frame_and_take_no_more_than_it_has() -> None:
     method = get_method(RunConfig.from_flower({"method": "spry", "directions": "orthogonal"}))
-    client = RunConfig.from_flower({"client.directions": 8}).client
     one, two = {"a": 4}, {"b": 20, "c": 1}
-    assert seats(method, client, [one, two, one, {}, one]) == [
+    assert seats(method, [8] * 5, [one, two, one, {}, one]) == [
         Seat(0, 3, 4),
         Seat(0, 1, 8),
         Seat(1, 3, 4),
         Seat(0, 1, 1),
         Seat(2, 3, 4),
     ]
-    assert seats(METHODS["spry"], client, [one, two]) == [Seat(0, 0, 8), Seat(1, 0, 8)]
+    assert seats(METHODS["spry"], [8, 8], [one, two]) == [Seat(0, 0, 8), Seat(1, 0, 8)]
     shared = get_method(RunConfig.from_flower({"method": "decomfl", "directions": "orthogonal"}))
-    assert seats(shared, client, [two, two]) == [Seat(0, 1, 8)] * 2
-    assert seats(METHODS["decomfl"], client, [two, two]) == [Seat(0, 0, 8)] * 2
+    assert seats(shared, [8, 8], [two, two]) == [Seat(0, 1, 8)] * 2
+    assert seats(METHODS["decomfl"], [8, 8], [two, two]) == [Seat(0, 0, 8)] * 2
 
 
 def test_candidates_near_the_last_update_cannot_be_orthogonal() -> None:

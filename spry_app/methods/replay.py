@@ -45,21 +45,22 @@ class Seat:
     directions: int
 
 
-def seats(method: Method, config: ClientConfig, perturbed: Sequence[Mapping[str, int]]) -> list[Seat]:
-    """perturbed: for each client, the tensors that its slopes are for, and how many numbers each has.
+def seats(method: Method, directions: Sequence[int], perturbed: Sequence[Mapping[str, int]]) -> list[Seat]:
+    """directions: how many each client is to take. perturbed: for each, the tensors that its slopes are for, and how
+    many numbers each has.
 
     Orthogonal directions: those with the same tensors share a frame, and nobody takes more than it has.
     """
     if method.directions == "gaussian":
         shared = method.seeds == "shared"
-        return [Seat(0 if shared else client, 0, config.directions) for client in range(len(perturbed))]
+        return [Seat(0 if shared else client, 0, count) for client, count in enumerate(directions)]
     groups = Counter(frozenset(tensors) for tensors in perturbed)
     taken = Counter[frozenset[str]]()
     found = []
-    for tensors in perturbed:
+    for count, tensors in zip(directions, perturbed, strict=True):
         group, most = frozenset(tensors), max(1, sum(tensors.values()))
         number, sharing = (0, 1) if method.seeds == "shared" else (taken[group], groups[group])
-        found.append(Seat(number, sharing, min(config.directions, most)))
+        found.append(Seat(number, sharing, min(count, most)))
         taken[group] += 1
     return found
 

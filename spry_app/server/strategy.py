@@ -14,12 +14,12 @@ from spry_app.config import RunConfig
 from spry_app.errors import SpryError
 from spry_app.methods import Method
 from spry_app.methods.global_state import GlobalState, mean_change, merged
+from spry_app.methods.noise import Hand
 from spry_app.methods.replay import local_steps, seats
 from spry_app.protocol import (
     EVALUATE,
     TRAIN,
     MalformedReply,
-    Score,
     Task,
     TrainReply,
     refusal_reason,
@@ -28,11 +28,13 @@ from spry_app.protocol import (
 )
 from spry_app.server.checkpoint import Checkpoint, Progress
 from spry_app.server.checks import most_forwards, problem
+from spry_app.server.crew import crew
 from spry_app.server.dealing import deal_out
 from spry_app.server.downlink import DOWNLINKS
+from spry_app.server.evaluation import is_due, scoring_tasks, summed
 from spry_app.server.fleet import Fleet
+from spry_app.server.noise import hands_of, noise_of, too_noisy
 from spry_app.server.record import Recorder
-from spry_app.server.stopping import decide
 from spry_app.slope_log import Entry
 
 MOST_BARREN_ROUNDS = 3
@@ -97,13 +99,9 @@ class SpryStrategy(Strategy):
         """One message a node: its units, its seed, the current adapter."""
         server_round += self.rounds_before
         self.recorder.begin(server_round)
-        server = self.config.server
         nodes = self.fleet.available(grid)
-        clients = self.fleet.sample(
-            nodes, server.fraction_train, server.min_train_nodes, (self.config.seed, server_round)
-        )
-        hands = self.assign(self.fleet.memory_mib(clients), server_round)
-        seats_of = seats(self.method, self.config.client, [self.perturbed(units) for units in hands])
+        clients = crew(self.config, self.method, self.state, self.fleet, nodes, self.assign, server_round)
+        seats_of = seats(self.method, clients.directions, [self.perturbed(units) for units in clients.units])
         due = self.config.evaluates(server_round)
         tensors = self.snapshot()
         self.tasks = {
@@ -117,12 +115,14 @@ class SpryStrategy(Strategy):
                 sharing=seat.sharing,
                 directions=seat.directions,
                 evaluate=due,
-                measure=due and index == server_round % len(clients),
+                measure=due and index == server_round % len(seats_of),
                 update=self.update_for(units),
             )
-            for index, (node, units, seat) in enumerate(zip(clients, hands, seats_of, strict=True))
+            for index, (node, units, seat) in enumerate(zip(clients.nodes, clients.units, seats_of, strict=True))
         }
         self.recorder.current.asked = len(self.tasks)
+        if server_round == self.rounds_before + 1:
+            self.recorder.warn(too_noisy(self.config, self.state, self.method, self.tasks.values()))
         return self._messages(self.tasks, TRAIN)
 
     def _messages(self, tasks: dict[int, Task], message_type: str) -> list[Message]:
@@ -176,7 +176,7 @@ class SpryStrategy(Strategy):
             now.personalised_accuracy = sum(s.correct for s in personal) / sum(s.examples for s in personal)
         before = self.snapshot()
         entry = self.entry(accepted)
-        self.state.step(server_round, self.pseudo_gradient(accepted))
+        self.state.step(server_round, self.pseudo_gradient(accepted), self.hands(accepted))
         after = self.snapshot()
         self.update = {name: value - before[name] for name, value in after.items()}
         self.downlink.append(entry)
@@ -190,8 +190,17 @@ class SpryStrategy(Strategy):
 
         A Strategy that makes it otherwise needs send="weights": clients that follow the slope log would not know.
         """
-        as_they_are = mean_change((self.change(task, reply), reply.examples) for task, reply in accepted)
-        return as_they_are | self.state.change(self.entry(accepted))
+        as_they_are = [(self.change(task, reply), reply.examples) for task, reply in accepted]
+        rebuilt = list(self.state.changes(self.entry(accepted)))
+        changes, hands = [*as_they_are, *rebuilt], self.hands(accepted)
+        self.recorder.current.noise = noise_of(self.state, self.method, self.units, changes, hands)
+        return mean_change(as_they_are) | mean_change(rebuilt)
+
+    def hands(self, accepted: list[tuple[Task, TrainReply]]) -> list[Hand]:
+        """What these clients perturbed, as their log tells it where there is one."""
+        if self.method.reply == "slopes":
+            return self.state.hands(self.entry(accepted))
+        return hands_of(self.state, self.method, ((t.units, t.directions, reply.examples) for t, reply in accepted))
 
     def entry(self, accepted: list[tuple[Task, TrainReply]]) -> Entry:
         """What was measured in the round of these tasks; nothing where no scalars came."""
@@ -266,33 +275,15 @@ class SpryStrategy(Strategy):
     ) -> Iterable[Message]:
         """Ask clients to score the global model, where the server has no test set of its own."""
         server_round += self.rounds_before
-        server = self.config.server
-        last = decide(self.config, self.recorder)
-        if not (self.score_on_clients and server.fraction_evaluate and (last or self.config.evaluates(server_round))):
+        if not (self.score_on_clients and is_due(self.config, self.recorder, server_round)):
             return []
-        nodes = self.fleet.available(grid)
-        nodes = self.fleet.sample(nodes, server.fraction_evaluate, 1, (self.config.seed, server_round, 1))
         tensors = self.snapshot()
-        tasks = {
-            node: Task(round=server_round, client=index, tensors=tensors, units=(), fingerprint=self.fingerprint)
-            for index, node in enumerate(nodes)
-        }
+        tasks = scoring_tasks(self.config, self.fleet, grid, server_round, tensors, self.fingerprint)
         return self._messages(tasks, EVALUATE)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Sum the clients' scores into the round's."""
-        total = Score(loss=0.0, correct=0, examples=0)
-        for message in replies:
-            self.recorder.received(size_bytes(message))
-            try:
-                self._check(message)
-                total += Score.from_message(message)
-            except MalformedReply as error:
-                self.recorder.refuse(message.metadata.src_node_id, str(error))
-        if not total.examples:
-            return None
-        self.recorder.score = total
-        return MetricRecord({"loss": total.loss / total.examples, "accuracy": total.correct / total.examples})
+        return summed(replies, self.recorder, self._check)
 
     def summary(self) -> None:
         """Say what will run."""
