@@ -137,7 +137,9 @@ def parser(question: str) -> argparse.ArgumentParser:
     found.add_argument("--choice-rows", type=int, default=400, help="of the training file, to choose step sizes on")
     found.add_argument("--budget", type=float, default=0.0, help="forwards to compare at; 0: what all have spent")
     found.add_argument("--target", type=float, default=0.0, help="accuracy to reach; 0: half of the best one's gain")
-    found.add_argument("--set", type=_pair, action="append", default=[], metavar="KEY=VALUE", help="of all runs")
+    found.add_argument(
+        "--set", type=key_and_value, action="append", default=[], metavar="KEY=VALUE", help="of all runs"
+    )
     found.add_argument("--jobs", type=int, default=2, help="processes, of one thread each; 0: this one")
     found.add_argument(
         "--out", type=Path, default=Path("outputs/accuracy"), help="finished runs in here are not run again"
@@ -151,7 +153,8 @@ def _parser() -> argparse.ArgumentParser:
     return found
 
 
-def _pair(told: str) -> tuple[str, Scalar]:
+def key_and_value(told: str) -> tuple[str, Scalar]:
+    """KEY=VALUE of the command line; a value that is not JSON is text."""
     key, _, value = told.partition("=")
     try:
         return key, json.loads(value)
