@@ -96,7 +96,8 @@ class DataConfig(Section):
     alpha: float = Field(1.0, gt=0)
     """Concentration of the Dirichlet partition over labels; smaller is less alike."""
     equal_sizes: bool = False
-    """Dirichlet: give every shard about the same number of rows."""
+    """Dirichlet: draw what each shard is made of, so that all have as many rows, and not how each label is spread over
+    them, which for a small alpha and few labels leaves some of many shards without any."""
     natural_field: str = "household"
     """Field whose values (a user id, a household) are never split between two shards."""
     holdout: float = Field(0.1, ge=0, lt=1)
