@@ -6,12 +6,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.cells import Cell, Cells, Outcome
 from benchmarks.measure import facts
-from benchmarks.plan import TOP_BLOCKS, Plan, Variant
-from benchmarks.rows import DATA_DIR, DATA_SETS, split
-from benchmarks.search import Steps
+from benchmarks.plan import SEARCH_PART, TOP_BLOCKS, Plan, Variant
+from benchmarks.rows import DATA_DIR, split
+from benchmarks.search import KNOBS, Knobs, Steps
 from benchmarks.summary import Summary, draw, print_summary, summarise
 from spry_app.config import RunConfig, Scalar
 from spry_app.errors import SpryError
@@ -20,9 +21,10 @@ from spry_app.methods import METHODS, get_method
 
 @dataclass(frozen=True)
 class Told:
-    """What a comparison came to. without: variants for which no step size worked."""
+    """What a comparison came to. outcomes: a run a seed. without: variants for which no step size worked."""
 
     summary: Summary
+    outcomes: Mapping[str, Sequence[Outcome]]
     plan: Plan
     steps: Steps
     without: list[str]
@@ -42,14 +44,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"error: {error}")
 
 
-def compare(options: argparse.Namespace, variants: Mapping[str, Variant], question: str) -> Told:
+def compare(options: argparse.Namespace, variants: Mapping[str, Variant], question: str, knobs: Knobs = KNOBS) -> Told:
     """Run variants of one plan beside each other and print how they did."""
     plan = plan_of(options)
     for variant in variants.values():
         get_method(RunConfig.from_flower(plan.final(variant.keys, 0)))  # a wrong key is refused before anything runs
     cells = Cells(options.out / "cells", options.jobs, str(facts("cpu")["commit"]))
     try:
-        steps = Steps(cells, plan)
+        steps = Steps(cells, plan, knobs)
         found = steps.find(variants)
         outcomes = run_all(cells, plan, found, options.seeds)
     finally:
@@ -59,14 +61,15 @@ def compare(options: argparse.Namespace, variants: Mapping[str, Variant], questi
     without = sorted(set(variants) - set(found))
     if without:
         print(f"No step size worked for {', '.join(without)}.")
-    return Told(summary, plan, steps, without)
+    return Told(summary, outcomes, plan, steps, without)
 
 
-def keep(options: argparse.Namespace, told: Told, name: str) -> None:
-    """NAME.json and NAME.png in the folder of the benchmark: all but the cells themselves."""
+def keep(options: argparse.Namespace, told: Told, name: str, **more: Any) -> None:
+    """NAME.json, with `more` in it, and NAME.png in the folder of the benchmark: all but the cells themselves."""
     settings = {key: value for key, value in vars(options).items() if key not in ("out", "data_dir", "jobs", "set")}
     record = {
         **told.summary.as_json(),
+        **more,
         "settings": settings,
         "shared": dict(told.plan.shared),
         "facts": facts("cpu"),
@@ -114,13 +117,14 @@ def plan_of(options: argparse.Namespace) -> Plan:
         rounds=options.rounds,
         evaluations=options.evaluations,
         shared=shared,
+        search_part=options.search_part,
     )
 
 
 def parser(question: str) -> argparse.ArgumentParser:
     """Arguments of every benchmark of accuracy."""
     found = argparse.ArgumentParser(description=question, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    found.add_argument("--data", choices=DATA_SETS, default="sst2")
+    found.add_argument("--data", default="sst2", help="name of a data set (rows.py)")
     found.add_argument("--data-dir", type=Path, default=Path(DATA_DIR), help="a folder a data set (SPRY_DATA)")
     found.add_argument("--alpha", default="1.0", help='"iid", or the concentration of the Dirichlet partition')
     found.add_argument("--seeds", type=int, default=3, help="runs of each variant")
@@ -129,10 +133,13 @@ def parser(question: str) -> argparse.ArgumentParser:
     found.add_argument("--nodes", type=int, default=20, help="over which the rows are dealt")
     found.add_argument("--clients", type=int, default=6, help="a round")
     found.add_argument("--train-rows", type=int, default=4000, help="at most; 0: all")
+    found.add_argument("--search-part", type=int, default=SEARCH_PART, help="step sizes: runs of one of so many rounds")
     found.add_argument("--choice-rows", type=int, default=400, help="of the training file, to choose step sizes on")
     found.add_argument("--budget", type=float, default=0.0, help="forwards to compare at; 0: what all have spent")
     found.add_argument("--target", type=float, default=0.0, help="accuracy to reach; 0: half of the best one's gain")
-    found.add_argument("--set", type=_pair, action="append", default=[], metavar="KEY=VALUE", help="of all runs")
+    found.add_argument(
+        "--set", type=key_and_value, action="append", default=[], metavar="KEY=VALUE", help="of all runs"
+    )
     found.add_argument("--jobs", type=int, default=2, help="processes, of one thread each; 0: this one")
     found.add_argument(
         "--out", type=Path, default=Path("outputs/accuracy"), help="finished runs in here are not run again"
@@ -146,7 +153,8 @@ def _parser() -> argparse.ArgumentParser:
     return found
 
 
-def _pair(told: str) -> tuple[str, Scalar]:
+def key_and_value(told: str) -> tuple[str, Scalar]:
+    """KEY=VALUE of the command line; a value that is not JSON is text."""
     key, _, value = told.partition("=")
     try:
         return key, json.loads(value)

@@ -9,7 +9,7 @@ from spry_app.config import Scalar
 SEARCH_SEED = 1000
 """Of all searching runs; no run of a table has it."""
 SEARCH_PART = 3
-"""A searching run has one of so many rounds."""
+"""A searching run has one of so many rounds, unless a plan says otherwise."""
 TOP_BLOCKS = ",".join(f"{block}.attention.self.{name}" for block in (4, 5) for name in ("query", "value"))
 """The upper two of MiniLM's six: what lies below is computed once for all directions of a task, not once for each."""
 METHOD_KEYS: dict[str, dict[str, Scalar]] = {
@@ -40,7 +40,8 @@ class Variant:
 class Plan:
     """shared: keys of every run, and the defaults of what variants vary. rounds: of a run with the shared number of
     local steps; others have as many more as they take fewer, so that all see as many examples. evaluations: after
-    training has begun. nodes: over which the rows are dealt.
+    training has begun. nodes: over which the rows are dealt. search_part: a searching run has one of so many rounds;
+    the more of them it leaves out, the larger the steps it prefers.
     """
 
     data: str
@@ -51,6 +52,7 @@ class Plan:
     rounds: int
     evaluations: int
     shared: Mapping[str, Scalar]
+    search_part: int = SEARCH_PART
 
     def final(self, keys: Mapping[str, Scalar], seed: int) -> dict[str, Scalar]:
         """A run for a table, scored on the evaluation file."""
@@ -60,7 +62,7 @@ class Plan:
 
     def searching(self, keys: Mapping[str, Scalar]) -> dict[str, Scalar]:
         """A short run for choosing a step size, scored on rows of the training file."""
-        rounds = -(-self.rounds // SEARCH_PART)
+        rounds = -(-self.rounds // self.search_part)
         return self._whole(keys, rounds, self.evaluations, SEARCH_SEED) | data_keys(
             self.data, self.split.train, self.split.choice
         )

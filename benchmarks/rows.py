@@ -50,8 +50,10 @@ class Split:
 def split(name: str, data_dir: Path, folder: Path, train_rows: int, choice_rows: int, seed: int = 0) -> Split:
     """Deal the training file of a data set into two files in `folder`; the evaluation file stays where it is.
 
-    train_rows: at most; 0 for all that are left. Raises SpryError where the data set is not there.
+    train_rows: at most; 0 for all that are left. Raises SpryError where the data set is not known or not there.
     """
+    if name not in DATA_SETS:
+        raise SpryError(f"--data has {name!r}; it may have {', '.join(DATA_SETS)}.")
     source, test = data_dir / name / "train.jsonl", data_dir / name / DATA_SETS[name].test
     absent = [str(path) for path in (source, test) if not path.is_file()]
     if absent:
@@ -85,5 +87,7 @@ def data_keys(name: str, train: Path, test: Path) -> dict[str, Scalar]:
 
 
 def partition_keys(alpha: str) -> dict[str, Scalar]:
-    """alpha: "iid", or the concentration of the Dirichlet partition."""
-    return {"data.partition": "iid"} if alpha == "iid" else {"data.partition": "dirichlet", "data.alpha": float(alpha)}
+    """alpha: "iid", or the concentration of the Dirichlet partition, whose shards all have as many rows."""
+    if alpha == "iid":
+        return {"data.partition": "iid"}
+    return {"data.partition": "dirichlet", "data.alpha": float(alpha), "data.equal-sizes": True}

@@ -46,14 +46,20 @@ KNOBS = {
 }
 """Server's and clients' step -> their sizes. All others are adaptive: clients take small steps, the server large ones.
 """
+Knobs = Mapping[tuple[str, str], Knob]
+PER_STEP = Knob("server.learning-rate", "server.head-learning-rate", 1e-3, 3e-3, "spry-per-iteration", "sgd")
+PER_STEP_KNOBS: Knobs = {**KNOBS, ("yogi", "sgd"): PER_STEP}
+"""For a table in which clients that take plain steps talk to an adaptive server after each of them: it then takes many
+steps, not a few large ones, with the head too.
+"""
 SMALL_STEP = 1e-2
 """client.learning-rate where the server's step is adaptive, and so does not depend on the size of the clients'."""
 
 
-def knob_of(keys: Keys) -> Knob:
+def knob_of(keys: Keys, knobs: Knobs = KNOBS) -> Knob:
     """Which step sizes a run has."""
     config = RunConfig.from_flower(keys)
-    return KNOBS.get((get_method(config).server_optimizer, config.client.optimizer), _ADAPTIVE)
+    return knobs.get((get_method(config).server_optimizer, config.client.optimizer), _ADAPTIVE)
 
 
 @dataclass
@@ -107,6 +113,7 @@ class Steps:
 
     cells: Cells
     plan: Plan
+    knobs: Knobs = field(default_factory=lambda: KNOBS)
     done: list[Search] = field(default_factory=list)
 
     def find(self, variants: Mapping[str, Variant]) -> dict[str, dict[str, Scalar]]:
@@ -114,7 +121,7 @@ class Steps:
         training the head alone; then the adapter's for each variant. One whose searching runs all failed is left out.
         """
         wanted = {_told(one.searched): one.searched for one in variants.values()}
-        knobs = {told: knob_of(self.plan.searching(keys)) for told, keys in wanted.items()}
+        knobs = {told: knob_of(self.plan.searching(keys), self.knobs) for told, keys in wanted.items()}
         heads = self._heads(set(knobs.values()))
         fixed: dict[str, dict[str, Scalar]] = {}
         adapters: dict[str, Search] = {}

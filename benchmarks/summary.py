@@ -107,20 +107,20 @@ def print_summary(summary: Summary, searches: Sequence[Search]) -> None:
     for told in QUANTITIES:
         heads = [f"{told} at the end", *(f"{told} at equal {axis}" for axis in summary.at)]
         rows = [(name, *(_percent(figures[head]) for head in heads)) for name, figures in summary.accuracy.items()]
-        _print(f"Accuracy, {told}, % (at {budgets})", ("", "end", *(f"equal {axis}" for axis in summary.at)), rows)
+        print_table(f"Accuracy, {told}, % (at {budgets})", ("", "end", *(f"equal {axis}" for axis in summary.at)), rows)
     rows = [(name, *(_mean(figures[axis]) for axis in AXES)) for name, figures in summary.to_target.items()]
-    _print(f"To an accuracy of {summary.target:.1%}", ("", *AXES), rows)
+    print_table(f"To an accuracy of {summary.target:.1%}", ("", *AXES), rows)
     heads = list(next(iter(summary.costs.values()), {}))
     rows = [(name, *(f"{cost[head]:.4g}" for head in heads)) for name, cost in summary.costs.items()]
-    _print("A whole run", ("", *heads), rows)
+    print_table("A whole run", ("", *heads), rows)
     heads = ["", "key", "chosen", "loss at each value tried"]
     title = "Step sizes, by the mean loss of a short run on rows of the training file"
-    _print(title, heads, [_searched(one) for one in searches])
+    print_table(title, heads, [_searched(one) for one in searches])
     for name, errors in summary.errors.items():
         print(f"{name} failed: {errors[0]}")
 
 
-def _print(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     print(f"\n{title}\n")
     widths = [max(len(row[place]) for row in (head, *rows)) for place in range(len(head))]
     for row in (head, ["-" * width for width in widths], *rows):

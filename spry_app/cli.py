@@ -1,5 +1,6 @@
 """The `spry` command: reads arguments, calls, and turns errors into one message and an exit status."""
 
+import json
 import sys
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from spry_app.errors import SpryError
 
@@ -100,6 +102,40 @@ def rebuild_command(
         print(error, file=sys.stderr)
         raise typer.Exit(2) from None
     print(f"The adapter after round {round_} is in {output}")
+
+
+@app.command("doctor")
+def doctor_command(
+    device: Annotated[str, typer.Option(help="As model.device of a run.")] = "auto",
+    quantization: Annotated[
+        str, typer.Option(help="As model.quantization of a run: it must work here. Others are tried, and may fail.")
+    ] = "none",
+    superlink: Annotated[str, typer.Option(help="host:port of a SuperLink that this box is to join.")] = "",
+    root_certificates: Annotated[
+        Path | None, typer.Option(help="The CA's certificate, as of `flower-supernode`; else those of the system.")
+    ] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="The SuperLink speaks without TLS.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line and check.")] = False,
+) -> None:
+    """Say what this box can do, and what it will choose.
+
+    Exit status: 0 if it can train (and reach the SuperLink), else 1.
+    """
+    from spry_app.doctor import QUANTIZATIONS, examine
+
+    if quantization not in QUANTIZATIONS:
+        print(f"--quantization is {quantization!r}; allowed are {', '.join(QUANTIZATIONS)}.", file=sys.stderr)
+        raise typer.Exit(2)
+    marks, failed = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "problem": "[red]problem[/]"}, False
+    console = Console(highlight=False)
+    for name, found in examine(device, quantization, superlink, root_certificates, insecure):
+        failed = failed or found.level == "problem"
+        if as_json:
+            said = {"check": name, "level": found.level, "sentence": found.sentence, **found.values}
+            print(json.dumps(said), flush=True)
+        else:
+            console.print(f"{marks[found.level]:>16}  {name}: {escape(found.sentence)}", soft_wrap=True)
+    raise typer.Exit(1 if failed else 0)
 
 
 def main() -> None:

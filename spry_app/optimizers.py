@@ -108,12 +108,19 @@ class NamedOptimizer:
         """The current values, by name; shared with the optimizer, so copy what must not change."""
         return {name: param.detach() for name, param in self._params.items()}
 
-    def step(self, gradient: Mapping[str, Tensor]) -> None:
-        """Step the tensors named in `gradient`; the others and their moments stay as they are."""
+    def step(self, gradient: Mapping[str, Tensor], parts: Mapping[str, float] | None = None) -> None:
+        """Step the tensors named in `gradient`; the others and their moments stay as they are.
+
+        parts: of its step, what a tensor takes; all of it where none is given. Moments do not depend on it.
+        """
         self._optimizer.zero_grad(set_to_none=True)
         for name, value in gradient.items():
             self._params[name].grad = value
+        shorter = {name: part for name, part in (parts or {}).items() if name in gradient and part != 1}
+        before = {name: self._params[name].detach().clone() for name in shorter}
         self._optimizer.step()
+        for name, part in shorter.items():  # one rounded operation at a time, the same on every machine
+            self._params[name].data.sub_(before[name]).mul_(part).add_(before[name])
 
     @property
     def moments(self) -> Tensors:

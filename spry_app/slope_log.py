@@ -14,21 +14,23 @@ from torch import Tensor
 
 from spry_app.errors import SpryError
 
-FORMAT = "spry slopes 1"
+FORMAT = "spry slopes 2"
 
 
 @dataclass(frozen=True)
 class Measured:
     """What one client measured in a round, or the mean over several that drew the same directions.
 
-    client: number in the seed of the directions. units: numbers of the units that the scalars are for, in the model's
-    order. examples: that were measured on, the weight in the round's mean. slopes: K numbers for each of T steps.
+    client, sharing: numbers in the seed of the directions. units: numbers of the units that the scalars are for, in the
+    model's order. examples: that were measured on, the weight in the round's mean. slopes: K numbers for each of T
+    steps.
     """
 
     client: int
     units: tuple[int, ...]
     examples: int
     slopes: tuple[tuple[float, ...], ...]
+    sharing: int = 0
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ def pack(entries: Sequence[Entry]) -> tuple[list[int], list[float]]:
         counts += [entry.round, len(entry.measured)]
         for measured in entry.measured:
             steps, width = len(measured.slopes), len(measured.slopes[0]) if measured.slopes else 0
-            counts += [measured.client, measured.examples, steps, width, len(measured.units), *measured.units]
+            seed = [measured.client, measured.sharing]
+            counts += [*seed, measured.examples, steps, width, len(measured.units), *measured.units]
             slopes += [slope for step in measured.slopes for slope in step]
     return counts, slopes
 
@@ -65,9 +68,9 @@ def unpack(counts: Sequence[int], slopes: Sequence[float]) -> tuple[Entry, ...]:
         return tuple(next(numbers) for _ in range(count))
 
     def measured() -> Measured:
-        client, examples, steps, width, units = take(whole, 5)
+        client, sharing, examples, steps, width, units = take(whole, 6)
         held = take(whole, units)
-        return Measured(client, held, examples, tuple(take(real, width) for _ in range(steps)))
+        return Measured(client, held, examples, tuple(take(real, width) for _ in range(steps)), sharing)
 
     entries = []
     try:

@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from spry_app.autodiff.gradients import GRADIENTS
 from spry_app.config import RunConfig, keys
+from spry_app.config.presets import PRESETS
 from spry_app.errors import SpryError
+from spry_app.methods import get_method
+from spry_app.methods.assignment import cyclic_split
 
 PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
 
@@ -17,7 +21,8 @@ PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
     [
         ({"metod": "spry"}, "Unknown run-config key 'metod'. Did you mean 'method'?"),
         ({"client.learning_rate": 0.1}, "Did you mean 'client.learning-rate'?"),
-        ({"directions": 2}, "Did you mean 'client.directions'?"),
+        ({"local-steps": 2}, "Did you mean 'client.local-steps'?"),
+        ({"directions": 2}, "Run-config key 'directions' is 2: input should be '', 'gaussian' or 'orthogonal'"),
         ({"zzz": 2}, "Known keys are listed in pyproject.toml."),
         ({"client.learning-rate": "high"}, "'client.learning-rate' is 'high': input should be a valid number."),
         ({"client.learning-rate": -1.0}, "greater than 0"),
@@ -37,6 +42,9 @@ PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
         ),
         ({"client.memory-budget-mib": 0}, '"auto", or "" for no budget'),
         ({"client.memory-budget-mib": True}, "is True"),
+        ({"preset": "spry"}, "Run-config key 'preset' is 'spry': known are 'spry-paper', and \"\" for none."),
+        ({"preset": "spry-paper", "client.directions": 0}, "'client.directions' is 0"),
+        ({"noise.target-cosine": 1.5}, "less than or equal to 1"),
         ({"adapter.kind": "vera"}, "'lora', 'ia3', 'bitfit' or 'none'"),
         ({"adapter.kind": "ia3", "adapter.rank": 4}, "adapter.rank is 4, which adapter.kind 'ia3' does not use"),
         ({"adapter.kind": "bitfit", "adapter.targets": "query"}, "adapter.targets is 'query', which adapter.kind"),
@@ -77,6 +85,37 @@ def test_a_config_survives_flowers_flat_form() -> None:
 @pytest.mark.parametrize("budget", ["", "auto", 12, 1.5])
 def test_a_budget_is_a_number_or_a_word(budget: float | str) -> None:
     assert RunConfig.from_flower({"client.memory-budget-mib": budget}).client.memory_budget_mib == budget
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_fills_in_what_was_left_open_and_is_written_down_resolved(name: str) -> None:
+    """Flower hands over every default too; what was resolved is read again as it was written."""
+    config = RunConfig.from_flower(RunConfig.defaults() | {"preset": name})
+    assert config == RunConfig.from_flower({"preset": name})
+    assert config.flat() == RunConfig.defaults() | PRESETS[name] | {"preset": name}
+    assert RunConfig.from_flower(config.flat()) == config
+
+
+def test_spry_as_published_is_what_the_paper_says() -> None:
+    method = get_method(RunConfig.from_flower({"preset": "spry-paper"}))
+    row = (method.gradient, method.assign, method.directions, method.reply, method.send, method.server_optimizer)
+    assert row == (GRADIENTS["forward-mode"], cyclic_split, "gaussian", "weights", "weights", "yogi")
+    beside = get_method(RunConfig.from_flower({"preset": "spry-paper", "method": "fedavg"}))
+    assert (beside.gradient, beside.server_optimizer) == (GRADIENTS["backprop"], "average")
+
+
+def test_a_key_that_differs_from_its_default_wins_over_the_preset() -> None:
+    own = {"client.directions": 3, "client.learning-rate": 0.5, "num-server-rounds": 7}
+    config = RunConfig.from_flower(RunConfig.defaults() | {"preset": "spry-paper"} | own)
+    assert config.flat() == RunConfig.defaults() | PRESETS["spry-paper"] | {"preset": "spry-paper"} | own
+    assert RunConfig.from_flower(config.flat()) == config
+    usual = RunConfig.defaults()["server.tau"]
+    assert RunConfig.from_flower({"preset": "spry-paper", "server.tau": usual}).server.tau == 1e-3 != usual
+
+
+def test_a_preset_leaves_an_adapter_of_another_kind_alone() -> None:
+    config = RunConfig.from_flower({"preset": "spry-paper", "adapter.kind": "bitfit"})
+    assert (config.adapter.kind, config.adapter.dropout, config.client.directions) == ("bitfit", 0.0, 1)
 
 
 def test_every_key_says_what_it_means() -> None:

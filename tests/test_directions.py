@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import ndtri
 
-from spry_app.autodiff import directions
+from spry_app.autodiff import gaussian
 from spry_app.autodiff.directions import Seed, direction, weighted_sum
 
 SEED = Seed(run=1, round=2, client=3, step=4)
@@ -41,7 +41,7 @@ def test_tiny_shapes_start_like_long_ones(shape: tuple[int, ...]) -> None:
 
 def test_chunks_leave_no_seam(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = _one(shape=(1000,))
-    monkeypatch.setattr(directions, "CHUNK", 7)
+    monkeypatch.setattr(gaussian, "CHUNK", 7)
     assert torch.equal(_one(shape=(1000,)), whole)
 
 
@@ -80,13 +80,13 @@ def test_moments_are_those_of_independent_standard_normals() -> None:
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=30))
 def test_words_become_normals_by_the_inverse_of_their_distribution(words: list[int]) -> None:
-    got = directions._words_to_normals(np.array(words, np.uint64))
+    got = gaussian._words_to_normals(np.array(words, np.uint64))
     want = ndtri((np.array([word >> 12 for word in words], np.float64) + 0.5) * 2.0**-52)
     np.testing.assert_allclose(got, want, rtol=2e-7)
 
 
 def test_the_extreme_words_are_finite_and_symmetric() -> None:
-    low, middle, high = directions._words_to_normals(np.array([0, 2**63, 2**64 - 1], np.uint64))
+    low, middle, high = gaussian._words_to_normals(np.array([0, 2**63, 2**64 - 1], np.uint64))
     assert low == -high
     assert 8.2 < high < 8.22  # the normal quantile of 1 - 2^-53 is 8.2095
     assert 0 < middle < 1e-15
@@ -96,12 +96,12 @@ def test_the_tail_of_the_tail_is_right() -> None:
     """Below 2^-36 the third polynomial takes over; no random test would meet it."""
     words = np.array([(2**cell) << 12 for cell in range(20)], np.uint64)
     want = ndtri((np.array([2.0**cell for cell in range(20)]) + 0.5) * 2.0**-52)
-    np.testing.assert_allclose(directions._words_to_normals(words), want, rtol=2e-7)
+    np.testing.assert_allclose(gaussian._words_to_normals(words), want, rtol=2e-7)
 
 
 def test_the_logarithm_is_right_to_the_last_digits() -> None:
     x = np.concatenate([2.0 ** -np.arange(1, 54), np.linspace(1e-9, 0.5, 1001)])
-    np.testing.assert_allclose(directions._log(x), np.log(x), rtol=1e-15)
+    np.testing.assert_allclose(gaussian._log(x), np.log(x), rtol=1e-15)
 
 
 def test_the_weighted_sum_is_the_mean_of_slope_times_direction() -> None:

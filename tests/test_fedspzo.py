@@ -91,7 +91,7 @@ def test_blocks_below_the_units_of_a_client_run_once_and_are_counted_once(
     for rows in passes:
         rows.clear()
     units = (*(unit for unit in node.adapted.units if ".layer.1." in unit), "head")
-    task = Task(1, 0, node.adapted.tensors(), units, node.adapted.fingerprint)
+    task = Task(1, 0, node.adapted.tensors(), units, node.adapted.fingerprint, directions=config.client.directions)
     reply = train(node, task, method, config, Slices(4, 1))
     # Not perturbed, so once for all directions, and once for the head; or once for both.
     assert sum(passes[0]) == (16 if cache_mib else 16 * (1 + 1))

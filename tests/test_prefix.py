@@ -55,7 +55,9 @@ def node_of(config: RunConfig) -> Node:
 
 def run(config: RunConfig, units: tuple[str, ...] = TOP) -> TrainReply:
     node = node_of(config)
-    task = Task(1, 0, start(node.adapted.tensors()), units, node.adapted.fingerprint)
+    task = Task(
+        1, 0, start(node.adapted.tensors()), units, node.adapted.fingerprint, directions=config.client.directions
+    )
     return train(node, task, get_method(config), config, Slices(4, config.client.directions_at_once))
 
 

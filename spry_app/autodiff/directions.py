@@ -1,60 +1,44 @@
-"""Seed -> direction, the same bits on every machine, and sums of directions. Nothing here touches a model or a loss.
+"""Seed -> direction, the same bits on every machine, and sums of directions. Nothing here touches a model or a loss."""
 
-PyTorch's own generators are not used: their normals differ between CPU and CUDA, between GPUs with different numbers of
-multiprocessors (pytorch issues 196613, 79496), and on the CPU below 16 elements. Philox words are exact everywhere; the
-way from words to normals below uses only operations that IEEE 754 rounds correctly, one numpy call each, so that no
-compiler can fuse two of them and no platform's `log` or `cos` is asked.
-"""
-
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from spry_app.autodiff.gaussian import Singles, normals
+from spry_app.autodiff.orthogonal import Frame
+from spry_app.autodiff.random_words import generator
+
 Tensors = dict[str, torch.Tensor]
-Doubles = npt.NDArray[np.float64]
-Singles = npt.NDArray[np.float32]
-
-CHUNK = 1 << 16
-"""Normals made at once: the float64 work space stays in the cache."""
-
-# Wichura, "Algorithm AS 241: the percentage points of the normal distribution", Applied Statistics 37 (1988), PPND7:
-# quotients of polynomials (lowest power first) in 0.180625 - q^2 around the median, in sqrt(-log tail) outside of it.
-# Its relative error of 1e-7 is one unit in the last place of fp32.
-CENTRE = (
-    (3.3871327179, 50.434271938, 159.29113202, 59.109374720),
-    (1.0, 17.895169469, 78.757757664, 67.187563600),
-)
-TAIL = (
-    (1.4234372777, 2.7568153900, 1.3067284816, 0.17023821103),
-    (1.0, 0.73700164250, 0.12021132975),
-)
-FAR_TAIL = (
-    (6.6579051150, 3.0812263860, 0.42868294337, 0.017337203997),
-    (1.0, 0.24197894225, 0.012258202635),
-)
-LOG_2 = 0.6931471805599453
-SQRT_HALF = 0.7071067811865476
 
 
 @dataclass(frozen=True)
 class Seed:
-    """Coordinates of one batch in a run."""
+    """Coordinates of one batch in a run.
+
+    client: number among the clients of the round. sharing: 0 for Gaussian directions of the client's own; else
+    directions are orthogonal, and `client` is one of so many who take disjoint parts of one frame, counted from 0.
+    """
 
     run: int
     round: int
     client: int
     step: int
+    sharing: int = 0
 
 
 def direction(seed: Seed, k: int, like: Mapping[str, torch.Tensor]) -> Tensors:
-    """Direction number `k` of a batch: N(0, I), fp32 on the CPU, one tensor a name.
+    """Direction number `k` of a batch, fp32 on the CPU, one tensor a name.
 
-    A tensor depends on seed, k, its name and its shape, never on the other tensors of `like`, nor on dtype or device.
+    Gaussian (seed.sharing 0): N(0, I). A tensor depends on seed, k, its name and its shape, never on the other tensors
+    of `like`, nor on dtype or device. Else a column of an orthogonal frame over all d values of `like`, of length
+    sqrt(d): the same columns for all who share the frame, numbers apart (orthogonal.py).
     """
+    if seed.sharing:
+        frame = _frame(seed, like)
+        return _cut(frame.columns({_column(k, seed, frame.dimension): 1.0}), like)
     return {name: torch.from_numpy(_normals(seed, k, name, tensor.shape)) for name, tensor in like.items()}
 
 
@@ -62,9 +46,13 @@ def weighted_sum(slopes: Sequence[float], seed: Seed, like: Mapping[str, torch.T
     """Forward gradient: the mean over k of slopes[k] * direction(seed, k, like), fp32 on the CPU (arXiv 2405.15551).
 
     One direction of one tensor is in memory at a time. The same bits on every machine, whatever else is in `like`.
+    Orthogonal directions (seed.sharing > 0) are summed in one go. Where those who share a frame fill it, as many slopes
+    each, every column counts by how often it was measured, so that the mean over them is the gradient itself.
     """
     if not slopes:
         raise ValueError("weighted_sum got no slopes; at least one is needed")
+    if seed.sharing:
+        return _cut(_orthogonal_mean(slopes, seed, like), like)
     return {name: torch.from_numpy(_mean(slopes, seed, name, tensor.shape)) for name, tensor in like.items()}
 
 
@@ -79,52 +67,45 @@ def _mean(slopes: Sequence[float], seed: Seed, name: str, shape: torch.Size) -> 
 
 def _normals(seed: Seed, k: int, name: str, shape: torch.Size) -> Singles:
     coordinates = f"{seed.run} {seed.round} {seed.client} {seed.step} {k} {name}"
-    digest = blake2b(coordinates.encode(), digest_size=16, person=b"spry direction").digest()
-    generator = np.random.Philox(key=np.frombuffer(digest, "<u8").astype(np.uint64))
-    normals = np.empty(shape, np.float32)
-    flat = normals.reshape(-1)
-    for start in range(0, flat.size, CHUNK):
-        part = flat[start : start + CHUNK]
-        part[:] = _words_to_normals(generator.random_raw(part.size))
-    return normals
+    return normals(generator(coordinates, b"spry direction"), math.prod(shape)).reshape(shape)
 
 
-def _words_to_normals(words: npt.NDArray[np.uint64]) -> Doubles:
-    """Invert the normal distribution at the middle of one of 2^52 equal cells of (0, 1)."""
-    q = np.right_shift(words, np.uint64(12)).astype(np.float64)
-    np.add(q, 0.5 - 2.0**51, out=q)
-    np.multiply(q, 2.0**-52, out=q)
-    z = np.subtract(0.180625, np.multiply(q, q))
-    z = np.multiply(q, _quotient(CENTRE, z))
-    outside = np.flatnonzero(np.abs(q) > 0.425)
-    side = q[outside]
-    root = np.sqrt(np.negative(_log(np.subtract(0.5, np.abs(side)))))
-    far = root > 5.0
-    tail = _quotient(TAIL, np.subtract(root, 1.6))
-    tail[far] = _quotient(FAR_TAIL, np.subtract(root[far], 5.0))
-    z[outside] = np.copysign(tail, side)
-    return z
+def _orthogonal_mean(slopes: Sequence[float], seed: Seed, like: Mapping[str, torch.Tensor]) -> Singles:
+    frame = _frame(seed, like)
+    laps, rest = divmod(len(slopes) * seed.sharing, frame.dimension)
+    weights: dict[int, float] = {}
+    for k, slope in enumerate(slopes):
+        column = _column(k, seed, frame.dimension)
+        last = (column - laps * frame.dimension // _cycle(seed, frame.dimension)) % frame.dimension
+        times = laps + (last < rest)  # by all who share the frame
+        part = seed.sharing / (times * frame.dimension) if laps else 1 / len(slopes)
+        weights[column] = weights.get(column, 0.0) + slope * part
+    return frame.columns(weights)
 
 
-def _quotient(coefficients: tuple[tuple[float, ...], tuple[float, ...]], x: Doubles) -> Doubles:
-    above, below = (_polynomial(c, x) for c in coefficients)
-    return np.divide(above, below, out=above)
+def _column(k: int, seed: Seed, dimension: int) -> int:
+    """Those who share a frame take its columns in turns, lap after lap. Where a client would come to its own again, all
+    move on by one, so that nobody measures a column twice before all.
+    """
+    number = k * seed.sharing + seed.client
+    return (number + number // _cycle(seed, dimension)) % dimension
 
 
-def _polynomial(coefficients: tuple[float, ...], x: Doubles) -> Doubles:
-    value = np.full_like(x, coefficients[-1])
-    for coefficient in reversed(coefficients[:-1]):
-        np.multiply(value, x, out=value)
-        np.add(value, coefficient, out=value)
-    return value
+def _cycle(seed: Seed, dimension: int) -> int:
+    return math.lcm(seed.sharing, dimension)
 
 
-def _log(x: Doubles) -> Doubles:
-    """Natural logarithm for x > 0: x = m 2^e with m in [sqrt(1/2), sqrt(2)), log m = 2 atanh((m - 1) / (m + 1))."""
-    m, e = np.frexp(x)
-    low = m < SQRT_HALF
-    m = np.where(low, np.multiply(m, 2.0), m)
-    e = np.subtract(e, low).astype(np.float64)
-    t = np.divide(np.subtract(m, 1.0), np.add(m, 1.0))
-    series = _polynomial(tuple(2.0 / n for n in range(1, 21, 2)), np.multiply(t, t))
-    return np.add(np.multiply(e, LOG_2), np.multiply(t, series))
+def _frame(seed: Seed, like: Mapping[str, torch.Tensor]) -> Frame:
+    """Of a step of a round, over these tensors."""
+    dimension = sum(tensor.numel() for tensor in like.values())
+    return Frame(f"{seed.run} {seed.round} {seed.step} {' '.join(sorted(like))}", dimension)
+
+
+def _cut(values: Singles, like: Mapping[str, torch.Tensor]) -> Tensors:
+    """A frame's values, which go by the names of the tensors in their order, as those tensors."""
+    flat, found = torch.from_numpy(values), Tensors()
+    start = 0
+    for name in sorted(like):
+        end = start + like[name].numel()
+        found[name], start = flat[start:end].reshape(like[name].shape), end
+    return {name: found[name] for name in like}

@@ -72,11 +72,12 @@ def _choose(node: Node, method: Method, config: RunConfig) -> Slices:
 def _mib(budget: float | str, device: torch.device) -> float:
     """The run config's budget in MiB; 0 where it sets none."""
     if budget == "auto":
-        return AUTO_PART * _free_bytes(device) / MIB
+        return AUTO_PART * free_bytes(device) / MIB
     return float(budget or 0)
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
+    """What another allocation may take, at the most; a container's limit counts."""
     if device.type == "cuda":
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + reserved

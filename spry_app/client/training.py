@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from spry_app.autodiff.budget import Slices
 from spry_app.autodiff.costs import suffix_above
-from spry_app.autodiff.directions import Tensors
+from spry_app.autodiff.directions import Seed, Tensors
 from spry_app.autodiff.memory import MIB, with_peak
 from spry_app.client.local import LocalTraining
 from spry_app.client.node import Node
@@ -17,7 +17,7 @@ from spry_app.client.step import Step
 from spry_app.config import RunConfig
 from spry_app.data import batches
 from spry_app.methods import Method
-from spry_app.methods.replay import exact_names, local_optimizer, local_steps, seed_of
+from spry_app.methods.replay import exact_names, local_optimizer, local_steps
 from spry_app.prefix import PrefixCache, may_start_at
 from spry_app.protocol import Score, Task, TrainReply
 
@@ -29,12 +29,12 @@ def train(node: Node, task: Task, method: Method, config: RunConfig, slices: Sli
     own = {name: task.tensors[name] for unit in task.units for name in node.adapted.units[unit]}
     exact = exact_names(node.adapted.units, method, config.head_gradient) & own.keys()
     local, peak = LocalTraining(local_optimizer(own, node.adapted.units, config.client), method), 0.0
-    first = seed_of(method, config, task.round, task.client)
+    first = Seed(config.seed, task.round, task.number, step=0, sharing=task.sharing)
     with _prefix(node, own, config) as prefix:
         before = prefix.forwards if prefix else 0.0
         suffix = suffix_above(node.adapted.depth(own), len(node.adapted.blocks))
         gradient = method.pick.gradient(method.gradient, task.update, config.client)
-        step = Step(node, gradient, exact, config.client.directions, slices, prefix, suffix)
+        step = Step(node, gradient, exact, task.directions, slices, prefix, suffix)
         for number, rows in enumerate(_local_batches(len(node.train), task, method, config)):
             seed = dataclasses.replace(first, step=number)
             if task.measure and number == 0:

@@ -1,12 +1,14 @@
 """Every run-config key: its meaning, unit, default and check. Nothing here loads a model or reads a file."""
 
-from spry_app.config.run import RunConfig, Scalar, keys
+from spry_app.config.presets import Scalar
+from spry_app.config.run import RunConfig, keys
 from spry_app.config.sections import (
     ADAPTER_KEYS,
     AdapterConfig,
     ClientConfig,
     DataConfig,
     ModelConfig,
+    NoiseConfig,
     ServerConfig,
     StopConfig,
 )
@@ -17,6 +19,7 @@ __all__ = [
     "ClientConfig",
     "DataConfig",
     "ModelConfig",
+    "NoiseConfig",
     "RunConfig",
     "Scalar",
     "ServerConfig",

@@ -8,9 +8,10 @@ import difflib
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
+from spry_app.config.presets import PRESETS, Scalar, of_preset
 from spry_app.config.sections import (
     ADAPTER_KEYS,
     SUBSPACE_KEYS,
@@ -19,6 +20,7 @@ from spry_app.config.sections import (
     Count,
     DataConfig,
     ModelConfig,
+    NoiseConfig,
     Section,
     ServerConfig,
     StopConfig,
@@ -26,12 +28,14 @@ from spry_app.config.sections import (
 )
 from spry_app.errors import SpryError
 
-Scalar = int | float | bool | str
-
 
 class RunConfig(Section):
     """One run. `RunConfig.from_flower` is the way in; `defaults()` is what pyproject.toml repeats."""
 
+    preset: str = ""
+    """Settings that go together (presets.py): "spry-paper", those of the runs that were published. Keys that differ
+    from their defaults win; a key that is set to its default is the preset's, as Flower hands it over like one that is
+    not set."""
     method: str = Field("spry-per-iteration", min_length=1)
     """Row of the method table, or "package.module:object" for a Method of your own."""
     strategy: str = ""
@@ -44,6 +48,10 @@ class RunConfig(Section):
     assign: Literal["", "every-unit", "cyclic", "by-depth"] = ""
     """Which client trains which units: all of them, dealt like cards (SPRY), or bands of neighbours with the upper ones
     for the nodes that state the least memory. Empty for the method's own."""
+    directions: Literal["", "gaussian", "orthogonal"] = ""
+    """Of slopes: independent Gaussian ones, whose estimate has the relative squared error (d + 1) / K for d perturbed
+    numbers and `client.directions` K; or orthogonal ones, with (d - K) / K: exact at K = d. Clients that hold the same
+    units take disjoint parts of one orthogonal frame. Empty for the method's own."""
     send: Literal["", "weights", "log"] = ""
     """What travels down in a method whose clients reply with slopes: every tensor, or the slopes of the rounds that a
     client has missed, from which it rebuilds them. Empty for the method's own."""
@@ -64,7 +72,15 @@ class RunConfig(Section):
     data: DataConfig = DataConfig()
     client: ClientConfig = ClientConfig()
     server: ServerConfig = ServerConfig()
+    noise: NoiseConfig = NoiseConfig()
     stop: StopConfig = StopConfig()
+
+    @field_validator("preset")
+    @classmethod
+    def _preset_is_known(cls, preset: str) -> str:
+        if preset and preset not in PRESETS:
+            raise ValueError(f'known are {", ".join(map(repr, PRESETS))}, and "" for none')
+        return preset
 
     @model_validator(mode="after")
     def _adapter_keys_are_used(self) -> Self:
@@ -103,13 +119,13 @@ class RunConfig(Section):
 
     @classmethod
     def from_flower(cls, flat: Mapping[str, Any]) -> Self:
-        """Check Flower's flat run config. Raises SpryError naming every key that is wrong."""
+        """Fill in the preset and check Flower's flat run config. Raises SpryError naming every key that is wrong."""
         known = dict(keys(cls))
         unknown = [_unknown_key(key, known) for key in flat if key not in known]
         if unknown:
             raise SpryError("\n".join(unknown))
         nested: dict[str, Any] = {}
-        for key, value in flat.items():
+        for key, value in {**flat, **of_preset(flat, cls.defaults())}.items():
             *sections, name = key.split(".")
             target = nested
             for section in sections:

@@ -113,7 +113,8 @@ class DataConfig(Section):
     alpha: float = Field(1.0, gt=0)
     """Concentration of the Dirichlet partition over labels; smaller is less alike."""
     equal_sizes: bool = False
-    """Dirichlet: give every shard about the same number of rows."""
+    """Dirichlet: draw what each shard is made of, so that all have as many rows, and not how each label is spread over
+    them, which for a small alpha and few labels leaves some of many shards without any."""
     natural_field: str = "household"
     """Field whose values (a user id, a household) are never split between two shards."""
     holdout: float = Field(0.1, ge=0, lt=1)
@@ -201,3 +202,15 @@ class StopConfig(Section):
     """Since the server process began with the run."""
     target_accuracy: Fraction = 0.0
     """Of the global model, in a round that is evaluated (`server.evaluate-every`)."""
+
+
+class NoiseConfig(Section):
+    """What follows from how much of an estimate made of slopes is noise (methods.noise)."""
+
+    target_cosine: Fraction = 0.0
+    """Expected cosine of a unit's mean estimate with its gradient that is enough: a client takes the fewest directions
+    with which all of its units reach it, at most `client.directions`, and more clients take part, up to all that there
+    are, where that does not do. 0 for `client.directions` and no more clients."""
+    scale_step: bool = False
+    """The server's step of each unit is multiplied by the expected cosine of its mean estimate with the gradient (1 for
+    a head with an exact gradient), so that one `server.learning-rate` serves few and many dimensions."""

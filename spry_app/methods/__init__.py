@@ -49,12 +49,14 @@ METHODS: dict[str, Method] = {
 
 
 def get_method(config: RunConfig) -> Method:
-    """The Method of a run: `method` names it; `gradient`, `assign`, `send` and `server.optimizer` replace choices."""
+    """The Method of a run: `method` names it; others replace one choice of its row each."""
     changes: dict[str, Any] = {}
     if config.gradient:
         changes |= {"gradient": GRADIENTS[config.gradient], "fit": as_it_is}
     if config.assign:
         changes["assign"] = ASSIGNMENTS[config.assign]
+    if config.directions:
+        changes["directions"] = config.directions
     if config.send:
         changes["send"] = config.send
     if config.server.optimizer:
@@ -62,8 +64,10 @@ def get_method(config: RunConfig) -> Method:
     try:
         method = dataclasses.replace(_find(config.method), **changes)
     except ValueError as error:
-        keys = f"gradient={config.gradient!r}, send={config.send!r} and server.optimizer={config.server.optimizer!r}"
-        raise SpryError(f"method={config.method!r} with {keys}: {error}") from None
+        keys = f"gradient={config.gradient!r}, directions={config.directions!r}, send={config.send!r}"
+        raise SpryError(
+            f"method={config.method!r} with {keys} and server.optimizer={config.server.optimizer!r}: {error}"
+        ) from None
     if method.seeds == "shared" and config.client.optimizer != "sgd":
         raise SpryError(
             f"client.optimizer={config.client.optimizer!r}: method={config.method!r} averages what clients measured "

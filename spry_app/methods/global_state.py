@@ -7,10 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
-from spry_app.autodiff.directions import Tensors
+from spry_app.autodiff.directions import Seed, Tensors
 from spry_app.config import RunConfig
 from spry_app.methods.method import Method
-from spry_app.methods.replay import HEAD, exact_names, local_optimizer, replay, seed_of
+from spry_app.methods.noise import Hand, expected_cosines
+from spry_app.methods.replay import HEAD, exact_names, local_optimizer, replay
 from spry_app.optimizers import SERVER_OPTIMIZERS, NamedOptimizer, Rule
 from spry_app.slope_log import Entry, Measured
 
@@ -38,31 +39,59 @@ class GlobalState:
         """Copies of the current values."""
         return {name: value.clone() for name, value in self.optimizer.tensors.items()}
 
-    def step(self, round_: int, pseudo_gradient: Tensors) -> None:
-        """The server's step; tensors that it leaves out, and their moments, stay as they are."""
-        self.optimizer.step(pseudo_gradient)
+    def step(self, round_: int, pseudo_gradient: Tensors, hands: Sequence[Hand] = ()) -> None:
+        """The server's step; tensors that it leaves out, and their moments, stay as they are.
+
+        hands: what the clients perturbed. With `noise.scale-step` each unit goes as far as its mean is to be trusted.
+        """
+        cosines = expected_cosines(hands, self._method.directions) if self._config.noise.scale_step else {}
+        parts = {name: part for unit, part in cosines.items() for name in self._units[unit] if name not in self.exact}
+        self.optimizer.step(pseudo_gradient, parts)
         self.round = round_
 
-    def measured(self, client: int, units: Iterable[str], examples: int, slopes: Sequence[Sequence[float]]) -> Measured:
-        """As the log has it: units by number, and only those with tensors that the scalars stand for."""
-        numbers = (self._numbers.index(unit) for unit in units if not self.exact.issuperset(self._units[unit]))
-        seed = seed_of(self._method, self._config, 0, client)
-        return Measured(seed.client, tuple(numbers), examples, tuple(map(tuple, slopes)))
+    def hand(self, units: Iterable[str], directions: int, examples: int = 1) -> Hand:
+        """What a client perturbs that holds these units."""
+        now, names = self.optimizer.tensors, {unit: set(self._units[unit]) - self.exact for unit in units}
+        dimensions = sum(now[name].numel() for unit in names.values() for name in unit)
+        return Hand(tuple(unit for unit in names if names[unit]), dimensions, directions, examples)
 
-    def change(self, entry: Entry) -> Tensors:
-        """Pseudo-gradient of the tensors that the round's scalars stand for: the mean of the clients' changes."""
-        return mean_change(self._changes(entry))
+    def hands(self, entry: Entry) -> list[Hand]:
+        """What the clients of a round perturbed, by its log. With two blocks (FedSPZO) K is that of the lower half."""
+        return [
+            self.hand(
+                [self._numbers[number] for number in measured.units],
+                len(measured.slopes[0]) // self._method.gradient.slopes_per_direction,
+                measured.examples,
+            )
+            for measured in entry.measured
+        ]
+
+    def measured(
+        self, number: int, sharing: int, units: Iterable[str], examples: int, slopes: Sequence[Sequence[float]]
+    ) -> Measured:
+        """As the log has it: units by number, and only those with tensors that the scalars stand for.
+
+        number, sharing: of the seed.
+        """
+        numbers = (self._numbers.index(unit) for unit in units if not self.exact.issuperset(self._units[unit]))
+        return Measured(number, tuple(numbers), examples, tuple(map(tuple, slopes)), sharing)
+
+    def changes(self, entry: Entry) -> Iterator[tuple[Tensors, int]]:
+        """How each client changed the tensors that its scalars stand for, and its examples."""
+        for measured in entry.measured:
+            before, after = self.trained(measured, entry.round)
+            yield {name: before[name] - after[name] for name in before}, measured.examples
 
     def follow(self, entry: Entry) -> None:
         """Take the server's step of a round from its log."""
-        self.step(entry.round, self.change(entry))
+        self.step(entry.round, mean_change(self.changes(entry)), self.hands(entry))
 
     def trained(self, measured: Measured, round_: int) -> tuple[Tensors, Tensors]:
         """The tensors that some scalars stand for, before and after the local steps that they describe."""
         now = self.optimizer.tensors
         names = (name for number in measured.units for name in self._units[self._numbers[number]])
         before = {name: now[name] for name in names if name not in self.exact}
-        seed = seed_of(self._method, self._config, round_, measured.client)
+        seed = Seed(self._config.seed, round_, measured.client, step=0, sharing=measured.sharing)
         optimizer = local_optimizer(before, self._units, self._config.client)
         return before, replay(optimizer, measured.slopes, seed, self._method.gradient)
 
@@ -74,11 +103,6 @@ class GlobalState:
     def digest(self) -> str:
         """Of all tensors, by name and to the bit."""
         return digest(self.optimizer.tensors)
-
-    def _changes(self, entry: Entry) -> Iterator[tuple[Tensors, int]]:
-        for measured in entry.measured:
-            before, after = self.trained(measured, entry.round)
-            yield {name: before[name] - after[name] for name in before}, measured.examples
 
 
 def mean_change(changes: Iterable[tuple[Tensors, int]]) -> Tensors:
@@ -110,7 +134,7 @@ def _mean(group: Sequence[Measured]) -> Measured:
     examples = sum(reply.examples for reply in group)
     weighted = [torch.tensor(reply.slopes, dtype=torch.float64) * reply.examples for reply in group]
     mean = torch.stack(weighted).sum(0) / examples
-    return Measured(first.client, first.units, examples, tuple(map(tuple, mean.tolist())))
+    return Measured(first.client, first.units, examples, tuple(map(tuple, mean.tolist())), first.sharing)
 
 
 def digest(tensors: Tensors) -> str:

@@ -23,6 +23,7 @@ class Method:
         which the server repeats the client's steps; or the "gradient" of the units, with no step on the client.
     send: what travels down: "weights", or the slope "log" of the rounds that a client has missed, from which it
         repeats the server's steps.
+    directions: "gaussian" ones, or "orthogonal" ones, of which clients that hold the same units take disjoint parts.
     seeds: each client draws directions of its "own", or all clients of a round "shared" ones, so that their scalars can
         be averaged.
     server_optimizer: key of optimizers.SERVER_OPTIMIZERS.
@@ -35,6 +36,7 @@ class Method:
     assign: Assign = every_unit
     reply: Literal["weights", "slopes", "gradient"] = "weights"
     send: Literal["weights", "log"] = "weights"
+    directions: Literal["gaussian", "orthogonal"] = "gaussian"
     seeds: Literal["own", "shared"] = "own"
     server_optimizer: str = "average"
     paper: str
@@ -53,6 +55,11 @@ class Method:
             raise ValueError(
                 f"directions are chosen near the last update, which needs a gradient made of slopes and a reply other "
                 f'than "slopes", as their number is not fixed; got {self.gradient.name} and reply={self.reply!r}.'
+            )
+        if self.pick.needs_update and self.directions == "orthogonal":
+            raise ValueError(
+                'directions are chosen near the last update among independent ones; directions must be "gaussian", '
+                'not "orthogonal".'
             )
         if self.server_optimizer not in SERVER_OPTIMIZERS:
             raise ValueError(f"server_optimizer={self.server_optimizer!r}; known: {', '.join(SERVER_OPTIMIZERS)}.")

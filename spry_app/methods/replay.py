@@ -1,11 +1,13 @@
 """The update that scalars stand for: client and server both come here, so they get the same bits."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from spry_app.autodiff.directions import Seed, Tensors
 from spry_app.autodiff.gradients import Gradient
-from spry_app.config import ClientConfig, RunConfig
+from spry_app.config import ClientConfig
 from spry_app.methods.method import Method
 from spry_app.optimizers import CLIENT_OPTIMIZERS, NamedOptimizer, Rule
 
@@ -31,9 +33,36 @@ def exact_names(units: Mapping[str, Sequence[str]], method: Method, head_gradien
     return set(units.get(HEAD, ())) if method.gradient.slopes and head_gradient == "exact" else set()
 
 
-def seed_of(method: Method, config: RunConfig, round_: int, client: int) -> Seed:
-    """Of a client's first local step: its own, or the same for all clients of the round."""
-    return Seed(run=config.seed, round=round_, client=0 if method.seeds == "shared" else client, step=0)
+@dataclass(frozen=True)
+class Seat:
+    """Which directions a client of a round takes.
+
+    number, sharing: as client and sharing of a Seed. directions: how many a batch, K in the papers.
+    """
+
+    number: int
+    sharing: int
+    directions: int
+
+
+def seats(method: Method, directions: Sequence[int], perturbed: Sequence[Mapping[str, int]]) -> list[Seat]:
+    """directions: how many each client is to take. perturbed: for each, the tensors that its slopes are for, and how
+    many numbers each has.
+
+    Orthogonal directions: those with the same tensors share a frame, and nobody takes more than it has.
+    """
+    if method.directions == "gaussian":
+        shared = method.seeds == "shared"
+        return [Seat(0 if shared else client, 0, count) for client, count in enumerate(directions)]
+    groups = Counter(frozenset(tensors) for tensors in perturbed)
+    taken = Counter[frozenset[str]]()
+    found = []
+    for count, tensors in zip(directions, perturbed, strict=True):
+        group, most = frozenset(tensors), max(1, sum(tensors.values()))
+        number, sharing = (0, 1) if method.seeds == "shared" else (taken[group], groups[group])
+        found.append(Seat(number, sharing, min(count, most)))
+        taken[group] += 1
+    return found
 
 
 def replay(optimizer: NamedOptimizer, slopes: Sequence[Sequence[float]], seed: Seed, gradient: Gradient) -> Tensors:

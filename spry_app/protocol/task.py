@@ -32,7 +32,8 @@ class CatchUp:
 class Task:
     """What the server asks of one node: to train `units`, or (message type EVALUATE) to score `tensors`.
 
-    round: from 1. client: position among this round's clients, part of the seed. tensors: every trainable tensor
+    round: from 1. client: position among this round's clients, which decides the order of its rows. number, sharing,
+    directions: which directions it takes, and how many a batch (methods.replay.Seat). tensors: every trainable tensor
     (fp32), or with `catch_up` those alone that no scalar stands for. fingerprint: of the base model the server has.
     evaluate: also score the held-out rows after training. measure: also measure the peak memory of the first step.
     update: how the last round changed the tensors of `units`, where the method chooses directions by it; else empty.
@@ -43,6 +44,9 @@ class Task:
     tensors: Tensors
     units: tuple[str, ...]
     fingerprint: str
+    number: int = 0
+    sharing: int = 0
+    directions: int = 1
     evaluate: bool = False
     measure: bool = False
     update: Tensors = field(default_factory=dict)
@@ -53,6 +57,9 @@ class Task:
             {
                 "round": self.round,
                 "client": self.client,
+                "number": self.number,
+                "sharing": self.sharing,
+                "directions": self.directions,
                 "units": list(self.units),
                 "fingerprint": self.fingerprint,
                 "evaluate": self.evaluate,
@@ -72,6 +79,9 @@ class Task:
         return cls(
             round=config.get("round", int),
             client=config.get("client", int),
+            number=config.get("number", int),
+            sharing=config.get("sharing", int),
+            directions=config.get("directions", int),
             tensors=tensors_in(message),
             units=tuple(config.get("units", list)),
             fingerprint=config.get("fingerprint", str),

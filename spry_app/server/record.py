@@ -4,9 +4,9 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from logging import INFO
+from logging import INFO, WARNING
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from flwr.common.logger import log
 
@@ -26,7 +26,9 @@ class Round:
     mib_down: since the start, as serialised. forwards: what the replies that were used took of their clients since the
     start, in passes of one example through the model (autodiff.costs); evaluation is not counted. seconds: since the
     start. client_seconds: of the slowest client. peak_mib: of the first step of one client, a different one each time.
-    asked, answered, refused: clients; refused replies were not used.
+    asked, answered, refused: clients; refused replies were not used. noise: of the mean of the clients' changes
+    (methods.noise): "signal-to-noise" and "cosine" with what would be left without noise, over all units but an exact
+    head, and the same of each unit, with how many independent "estimates" that was measured from (1: from theory).
     """
 
     round: int
@@ -44,6 +46,7 @@ class Round:
     asked: int = 0
     answered: int = 0
     refused: int = 0
+    noise: dict[str, Any] | None = None
     reasons: list[str] = field(default_factory=list)
 
     def as_json(self) -> str:
@@ -76,6 +79,7 @@ class Recorder:
         if after is not None:
             self._go_on(after)
         self.score: Score | None = None
+        self.warnings: list[str] = []
         self.stopped = ""
         """Why the run ends before its last round, once that is decided (stopping.py)."""
 
@@ -118,6 +122,12 @@ class Recorder:
         self.current.refused += 1
         self.current.reasons.append(f"node {node}: {reason}")
         log(INFO, "Reply of node %s refused: %s", node, reason)
+
+    def warn(self, sentence: str) -> None:
+        """Say and keep what whoever started the run should know; an empty sentence is none."""
+        if sentence:
+            self.warnings.append(sentence)
+            log(WARNING, "%s", sentence)
 
     def measured(self) -> Round:
         """The current round with what has been spent so far."""

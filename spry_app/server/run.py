@@ -158,6 +158,7 @@ def _write_result(folder: Path, recorder: Recorder, peaks: dict[str, float]) -> 
         "peak-mib": peaks.get("run"),
         "peak-mib-backprop": peaks.get("backprop"),
         "stopped": recorder.stopped or None,
+        "warnings": recorder.warnings,
         "rounds": recorder.rounds[-1].round,
         "seconds": recorder.rounds[-1].seconds,
         "adapter": str(folder / "adapter"),

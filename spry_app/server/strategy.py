@@ -14,12 +14,12 @@ from spry_app.config import RunConfig
 from spry_app.errors import SpryError
 from spry_app.methods import Method
 from spry_app.methods.global_state import GlobalState, mean_change, merged
-from spry_app.methods.replay import local_steps
+from spry_app.methods.noise import Hand
+from spry_app.methods.replay import local_steps, seats
 from spry_app.protocol import (
     EVALUATE,
     TRAIN,
     MalformedReply,
-    Score,
     Task,
     TrainReply,
     refusal_reason,
@@ -28,11 +28,13 @@ from spry_app.protocol import (
 )
 from spry_app.server.checkpoint import Checkpoint, Progress
 from spry_app.server.checks import most_forwards, problem
+from spry_app.server.crew import crew
 from spry_app.server.dealing import deal_out
 from spry_app.server.downlink import DOWNLINKS
+from spry_app.server.evaluation import is_due, scoring_tasks, summed
 from spry_app.server.fleet import Fleet
+from spry_app.server.noise import hands_of, noise_of, too_noisy
 from spry_app.server.record import Recorder
-from spry_app.server.stopping import decide
 from spry_app.slope_log import Entry
 
 MOST_BARREN_ROUNDS = 3
@@ -99,12 +101,9 @@ class SpryStrategy(Strategy):
         """One message a node: its units, its seed, the current adapter."""
         server_round += self.rounds_before
         self.recorder.begin(server_round)
-        server = self.config.server
         nodes = self.fleet.available(grid)
-        clients = self.fleet.sample(
-            nodes, server.fraction_train, server.min_train_nodes, (self.config.seed, server_round)
-        )
-        hands = self.assign(self.fleet.memory_mib(clients), server_round)
+        clients = crew(self.config, self.method, self.state, self.fleet, nodes, self.assign, server_round)
+        seats_of = seats(self.method, clients.directions, [self.perturbed(units) for units in clients.units])
         due = self.config.evaluates(server_round)
         tensors = self.snapshot()
         self.tasks = {
@@ -114,13 +113,18 @@ class SpryStrategy(Strategy):
                 tensors=tensors,
                 units=tuple(units),
                 fingerprint=self.fingerprint,
+                number=seat.number,
+                sharing=seat.sharing,
+                directions=seat.directions,
                 evaluate=due,
-                measure=due and index == server_round % len(clients),
+                measure=due and index == server_round % len(seats_of),
                 update=self.update_for(units),
             )
-            for index, (node, units) in enumerate(zip(clients, hands, strict=True))
+            for index, (node, units, seat) in enumerate(zip(clients.nodes, clients.units, seats_of, strict=True))
         }
         self.recorder.current.asked = len(self.tasks)
+        if server_round == self.rounds_before + 1:
+            self.recorder.warn(too_noisy(self.config, self.state, self.method, self.tasks.values()))
         return self._messages(self.tasks, TRAIN)
 
     def _messages(self, tasks: dict[int, Task], message_type: str) -> list[Message]:
@@ -132,11 +136,16 @@ class SpryStrategy(Strategy):
         self.recorder.sent(sum(map(size_bytes, messages)))
         return messages
 
+    def perturbed(self, units: Iterable[str]) -> dict[str, int]:
+        """The tensors that slopes of these units are for, and how many numbers each has."""
+        names = (name for unit in units for name in self.units[unit] if name not in self.state.exact)
+        return {name: self.state.optimizer.tensors[name].numel() for name in names}
+
     def update_for(self, units: Iterable[str]) -> Tensors:
         """What the method needs of the last update to choose directions for these units; nothing in the first round."""
         if not (self.method.pick.needs_update and self.update):
             return {}
-        return {name: self.update[name] for unit in units for name in self.units[unit] if name not in self.state.exact}
+        return {name: self.update[name] for name in self.perturbed(units)}
 
     def assign(self, memory_mib: Sequence[float], round_: int) -> list[list[str]]:
         """The units of each client.
@@ -170,7 +179,7 @@ class SpryStrategy(Strategy):
             now.personalised_accuracy = sum(s.correct for s in personal) / sum(s.examples for s in personal)
         before = self.snapshot()
         entry = self.entry(accepted)
-        self.state.step(server_round, self.pseudo_gradient(accepted))
+        self.state.step(server_round, self.pseudo_gradient(accepted), self.hands(accepted))
         after = self.snapshot()
         self.update = {name: value - before[name] for name, value in after.items()}
         self.downlink.append(entry)
@@ -184,13 +193,22 @@ class SpryStrategy(Strategy):
 
         A Strategy that makes it otherwise needs send="weights": clients that follow the slope log would not know.
         """
-        as_they_are = mean_change((self.change(task, reply), reply.examples) for task, reply in accepted)
-        return as_they_are | self.state.change(self.entry(accepted))
+        as_they_are = [(self.change(task, reply), reply.examples) for task, reply in accepted]
+        rebuilt = list(self.state.changes(self.entry(accepted)))
+        changes, hands = [*as_they_are, *rebuilt], self.hands(accepted)
+        self.recorder.current.noise = noise_of(self.state, self.method, self.units, changes, hands)
+        return mean_change(as_they_are) | mean_change(rebuilt)
+
+    def hands(self, accepted: list[tuple[Task, TrainReply]]) -> list[Hand]:
+        """What these clients perturbed, as their log tells it where there is one."""
+        if self.method.reply == "slopes":
+            return self.state.hands(self.entry(accepted))
+        return hands_of(self.state, self.method, ((t.units, t.directions, reply.examples) for t, reply in accepted))
 
     def entry(self, accepted: list[tuple[Task, TrainReply]]) -> Entry:
         """What was measured in the round of these tasks; nothing where no scalars came."""
         measured = [
-            self.state.measured(task.client, task.units, reply.examples, reply.slopes)
+            self.state.measured(task.number, task.sharing, task.units, reply.examples, reply.slopes)
             for task, reply in accepted
             if reply.slopes
         ]
@@ -239,9 +257,9 @@ class SpryStrategy(Strategy):
         scalars = asked.keys() - as_they_are
         steps = local_steps(self.method, self.config.client) if scalars else 0
         tensors = {name: asked[name] for name in as_they_are}
-        gradient, directions = self.gradient(task), self.config.client.directions
-        slopes = directions * gradient.slopes_per_direction
-        return problem(reply, tensors, steps, slopes, most_forwards(gradient, directions))
+        gradient = self.gradient(task)
+        slopes = task.directions * gradient.slopes_per_direction
+        return problem(reply, tensors, steps, slopes, most_forwards(gradient, task.directions))
 
     def _check(self, message: Message) -> None:
         """Whether the node has followed and answered. Raises MalformedReply."""
@@ -261,33 +279,15 @@ class SpryStrategy(Strategy):
     ) -> Iterable[Message]:
         """Ask clients to score the global model, where the server has no test set of its own."""
         server_round += self.rounds_before
-        server = self.config.server
-        last = decide(self.config, self.recorder)
-        if not (self.score_on_clients and server.fraction_evaluate and (last or self.config.evaluates(server_round))):
+        if not (self.score_on_clients and is_due(self.config, self.recorder, server_round)):
             return []
-        nodes = self.fleet.available(grid)
-        nodes = self.fleet.sample(nodes, server.fraction_evaluate, 1, (self.config.seed, server_round, 1))
         tensors = self.snapshot()
-        tasks = {
-            node: Task(round=server_round, client=index, tensors=tensors, units=(), fingerprint=self.fingerprint)
-            for index, node in enumerate(nodes)
-        }
+        tasks = scoring_tasks(self.config, self.fleet, grid, server_round, tensors, self.fingerprint)
         return self._messages(tasks, EVALUATE)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Sum the clients' scores into the round's."""
-        total = Score(loss=0.0, correct=0, examples=0)
-        for message in replies:
-            self.recorder.received(size_bytes(message))
-            try:
-                self._check(message)
-                total += Score.from_message(message)
-            except MalformedReply as error:
-                self.recorder.refuse(message.metadata.src_node_id, str(error))
-        if not total.examples:
-            return None
-        self.recorder.score = total
-        return MetricRecord({"loss": total.loss / total.examples, "accuracy": total.correct / total.examples})
+        return summed(replies, self.recorder, self._check)
 
     def summary(self) -> None:
         """Say what will run."""

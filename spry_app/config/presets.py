@@ -1,0 +1,55 @@
+"""Settings that go together, by name. Nothing here checks them: they are run-config keys like any others."""
+
+from collections.abc import Mapping
+
+Scalar = int | float | bool | str
+
+PRESETS: dict[str, dict[str, Scalar]] = {
+    # What the published runs used (SPRY, arXiv:2405.15551): 10 clients a round of 100 to 1000, up to 1500 rounds. What
+    # the row of the method says already is left to it, so that another method can be set beside.
+    "spry-paper": {
+        "method": "spry",
+        "directions": "gaussian",
+        "head": "shared",
+        "head-gradient": "forward",
+        "adapter.kind": "lora",
+        "adapter.rank": 1,
+        "adapter.alpha": 1.0,
+        "adapter.dropout": 0.1,
+        "adapter.targets": "",
+        "adapter.bias": "none",
+        "data.max-length": 64,
+        "data.partition": "dirichlet",
+        "data.alpha": 1.0,
+        "client.optimizer": "adamw",
+        "client.learning-rate": 1e-4,
+        "client.head-learning-rate": 0.0,
+        "client.local-epochs": 1,
+        "client.local-steps": 0,
+        "client.batch-size": 8,
+        "client.directions": 1,
+        "server.learning-rate": 1e-2,
+        "server.head-learning-rate": 0.0,
+        "server.beta1": 0.9,
+        "server.beta2": 0.99,
+        "server.tau": 1e-3,
+        "server.fraction-train": 0.01,
+        "server.min-train-nodes": 10,
+        "server.min-available-nodes": 10,
+    },
+}
+"""Name -> run-config keys. Keys that happen to be defaults are written down too, as defaults may change."""
+
+
+def of_preset(flat: Mapping[str, object], defaults: Mapping[str, object]) -> dict[str, Scalar]:
+    """What the preset in `flat` says of keys that `flat` leaves open; nothing without one.
+
+    A key that differs from its default wins. Flower hands over every key, whether it was set or not, so a key that was
+    set to its default cannot be told from one that was not, and is the preset's. With another `adapter.kind`, which may
+    have no use for the preset's other keys of the adapter, those are left alone.
+    """
+    preset = PRESETS.get(str(flat.get("preset", "")), {})
+    found = {key: value for key, value in preset.items() if flat.get(key, defaults[key]) == defaults[key]}
+    if "adapter.kind" in preset.keys() - found.keys() and flat["adapter.kind"] != preset["adapter.kind"]:
+        found = {key: value for key, value in found.items() if not key.startswith("adapter.")}
+    return found

@@ -1,0 +1,51 @@
+"""Who takes part in a round, with which units and how many directions. What they are sent is the strategy's."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from spry_app.config import RunConfig
+from spry_app.methods import Method
+from spry_app.methods.global_state import GlobalState
+from spry_app.methods.noise import fewest_directions
+from spry_app.server.fleet import Fleet
+from spry_app.server.noise import hands_of
+
+Assign = Callable[[Sequence[float], int], list[list[str]]]
+"""(memory in MiB of each client, round) -> their units."""
+
+
+@dataclass(frozen=True)
+class Crew:
+    """The clients of a round: their nodes, and of each the units and the number of directions a batch."""
+
+    nodes: list[int]
+    units: list[list[str]]
+    directions: list[int]
+
+
+def crew(
+    config: RunConfig, method: Method, state: GlobalState, fleet: Fleet, nodes: list[int], assign: Assign, round_: int
+) -> Crew:
+    """Clients drawn from `nodes`, those that are connected.
+
+    With `noise.target-cosine` each takes no more directions than its units need; where `client.directions` is not
+    enough for all, more clients are drawn, an eighth at a time, until it is or there are no more.
+    """
+    least = config.server.min_train_nodes
+    while True:
+        clients = fleet.sample(nodes, config.server.fraction_train, least, (config.seed, round_))
+        units = assign(fleet.memory_mib(clients), round_)
+        directions, enough = _directions(config, method, state, units)
+        if enough or len(clients) == len(nodes):
+            return Crew(clients, units, directions)
+        least = len(clients) + max(1, len(clients) // 8)
+
+
+def _directions(
+    config: RunConfig, method: Method, state: GlobalState, units: Sequence[Sequence[str]]
+) -> tuple[list[int], bool]:
+    """Of each client, and whether the target is reached."""
+    most, target = config.client.directions, config.noise.target_cosine
+    hands = hands_of(state, method, ((hand, most, 1) for hand in units)) if target else []
+    needed, reached = fewest_directions(hands, method.directions, target, most)
+    return [max((needed[unit] for unit in hand if unit in needed), default=most) for hand in units], reached
