@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
+from spry_app.autodiff.directions import Seed
 from spry_app.autodiff.gradients import GRADIENTS
 from spry_app.autodiff.slopes import Part, forward_mode
 from spry_app.config import AdapterConfig, ModelConfig
@@ -177,7 +178,7 @@ def test_singular_frames_are_those_of_the_weight(
     values = 2.0 ** -torch.arange(30)
     weight = u * values @ v
     layer.weight.data = weight.T if isinstance(layer, Conv1D) else weight
-    found = singular({"x": layer}, 3, run=0)
+    found = singular({"x": layer}, 3, seed=0)
     torch.testing.assert_close(found["x.U"] @ weight @ found["x.V"].T, torch.diag(values[:3]), rtol=1e-3, atol=1e-4)
     assert all(row[row.abs().argmax()] > 0 for row in found["x.U"])
 
@@ -234,6 +235,17 @@ def test_checkpointed_backprop_reaches_the_coordinates(folder: str, kind: str) -
     rows = [GRADIENTS[name] for name in ("backprop", "checkpointed-backprop")]
     one, other = (row.estimate([part], here, None, 1, 1).gradient for row in rows)
     assert all(torch.allclose(value, other[name], atol=1e-6) and value.any() for name, value in one.items())
+
+
+@pytest.mark.parametrize("kind", MAPS)
+def test_as_many_orthogonal_directions_as_coordinates_give_backprops_gradient(folder: str, kind: str) -> None:
+    adapted = _load(folder, **MAPS[kind])
+    inputs, here = _inputs(adapted), shaken(_coordinates(adapted))
+    part = Part(lambda params: F.cross_entropy(adapted.logits(params, inputs), torch.tensor([0, 2])), 1.0)
+    truth = GRADIENTS["backprop"].estimate([part], here, None, 1, 1).gradient
+    seed = Seed(run=0, round=1, client=0, step=0, sharing=1)
+    found = GRADIENTS["forward-mode"].estimate([part], here, seed, SIZES[kind], 4).gradient
+    torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", MAPS)

@@ -4,7 +4,6 @@ What is trained between them is not known here.
 
 import math
 from collections.abc import Callable, Mapping
-from hashlib import blake2b
 from typing import cast
 
 import numpy as np
@@ -13,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from spry_app.autodiff.directions import Seed, Tensors, direction
+from spry_app.autodiff import gaussian
+from spry_app.autodiff.directions import Tensors
+from spry_app.autodiff.random_words import generator
 
 Words = npt.NDArray[np.uint64]
 SMALL = 1024
@@ -23,8 +24,7 @@ OVERSAMPLING, POWERS = 16, 4
 
 def words(coordinates: str, count: int) -> Words:
     """Random 64-bit words, equal for equal coordinates, on every machine."""
-    digest = blake2b(coordinates.encode(), digest_size=16, person=b"spry subspace").digest()
-    return np.random.Philox(key=np.frombuffer(digest, "<u8").astype(np.uint64)).random_raw(count)
+    return generator(coordinates, b"spry subspace").random_raw(count)
 
 
 def signs(coordinates: str, count: int) -> npt.NDArray[np.int8]:
@@ -65,19 +65,20 @@ def hadamard(size: int) -> Tensor:
     return torch.from_numpy((_walsh_hadamard(np.eye(size)) * math.sqrt(size)).round().astype(np.float32))
 
 
-def normals(coordinates: str, run: int, shape: torch.Size) -> Tensor:
-    """N(0, 1), fp32, by the generator of directions; training draws none in round 0."""
-    return direction(Seed(run, 0, 0, 0), 0, {coordinates: torch.empty(shape, device="meta")})[coordinates]
+def normals(coordinates: str, shape: torch.Size) -> Tensor:
+    """N(0, 1), fp32, the same bits on every machine."""
+    drawn = gaussian.normals(generator(coordinates, b"spry subspace"), shape.numel())
+    return torch.from_numpy(drawn).view(shape)
 
 
-def singular(layers: Mapping[str, nn.Module], rank: int, run: int) -> Tensors:
+def singular(layers: Mapping[str, nn.Module], rank: int, seed: int) -> Tensors:
     """Name of a frozen linear layer -> its first singular vectors, as rows of "<name>.U" and "<name>.V", fp32, CPU.
 
     Those of the weight as it computes with it, dequantised. The largest number of each row of U is positive.
     """
     found: Tensors = {}
     for name, layer in layers.items():
-        u, v = _singular(_weight(layer), rank, name, run)
+        u, v = _singular(_weight(layer), rank, name, seed)
         sign = u.gather(1, u.abs().argmax(1, keepdim=True)).sign()
         found[f"{name}.U"], found[f"{name}.V"] = (u * sign).cpu().contiguous(), (v * sign).cpu().contiguous()
     return found
@@ -92,12 +93,12 @@ def _weight(layer: nn.Module) -> Tensor:
     return weight.T if isinstance(layer, Conv1D) else weight
 
 
-def _singular(weight: Tensor, rank: int, name: str, run: int) -> tuple[Tensor, Tensor]:
+def _singular(weight: Tensor, rank: int, name: str, seed: int) -> tuple[Tensor, Tensor]:
     """Rows u (rank, outputs), v (rank, inputs). Large ones by subspace iteration (arXiv 0909.4061, algorithm 4.4)."""
     if min(weight.shape) <= SMALL:
         u, _, v = torch.linalg.svd(weight, full_matrices=False)
         return u.T[:rank], v[:rank]
-    test = normals(f"test {name}", run, torch.Size((weight.shape[1], min(rank + OVERSAMPLING, *weight.shape))))
+    test = normals(f"{seed} {name} test", torch.Size((weight.shape[1], min(rank + OVERSAMPLING, *weight.shape))))
     basis = torch.linalg.qr(weight @ test.to(weight.device)).Q
     for _ in range(POWERS):
         basis = torch.linalg.qr(weight @ torch.linalg.qr(weight.T @ basis).Q).Q

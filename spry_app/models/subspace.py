@@ -215,7 +215,7 @@ def _start(weight: str, value: Tensor, seed: int) -> Tensor:
     """theta0: as large as PEFT's for the first factor, zero for the second."""
     if ".lora_B." in weight:
         return torch.zeros_like(value)
-    return normals(f"theta0 {weight}", seed, value.shape) / math.sqrt(3 * value.shape[1])
+    return normals(f"{seed} {weight} theta0", value.shape) / math.sqrt(3 * value.shape[1])
 
 
 Make = Callable[[PeftModel, Layers, AdapterConfig, int, Fixed | None], Subspace]
