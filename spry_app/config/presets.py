@@ -18,6 +18,7 @@ PRESETS: dict[str, dict[str, Scalar]] = {
         "adapter.dropout": 0.1,
         "adapter.targets": "",
         "adapter.bias": "none",
+        "adapter.subspace": "none",
         "data.max-length": 64,
         "data.partition": "dirichlet",
         "data.alpha": 1.0,

@@ -185,6 +185,12 @@ class ServerConfig(Section):
     """How long to wait for `min-available-nodes`."""
     round_timeout_s: Seconds = 600.0
     """How long to wait for the replies of a round; later ones are lost."""
+    max_slope: Limit = 0.0
+    """Slopes of a client are cut to at most this, either way, before they are used and logged; 0 for no bound. How many
+    were cut is in metrics.jsonl."""
+    max_update_norm: Limit = 0.0
+    """What a client asks for by tensors (its change of them, or its gradient, over all its units) is scaled down to
+    this length (L2); 0 for no bound."""
     evaluate_every: Count = 10
     """Rounds between two evaluations; the last round is always evaluated."""
 

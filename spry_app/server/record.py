@@ -11,7 +11,7 @@ from typing import Any, Self
 from flwr.common.logger import log
 
 from spry_app.config import RunConfig
-from spry_app.protocol import Score, Tensors
+from spry_app.protocol import Score, Tensors, TrainReply
 from spry_app.slope_log import Entry, SlopeLog, read
 
 MIB = 2**20
@@ -26,7 +26,8 @@ class Round:
     mib_down: since the start, as serialised. forwards: what the replies that were used took of their clients since the
     start, in passes of one example through the model (autodiff.costs); evaluation is not counted. seconds: since the
     start. client_seconds: of the slowest client. peak_mib: of the first step of one client, a different one each time.
-    asked, answered, refused: clients; refused replies were not used. noise: of the mean of the clients' changes
+    asked, answered, refused: clients; refused replies were not used. clipped: replies that asked for more than a client
+    may (clipping.py), and were used as far as it may. noise: of the mean of the clients' changes
     (methods.noise): "signal-to-noise" and "cosine" with what would be left without noise, over all units but an exact
     head, and the same of each unit, with how many independent "estimates" that was measured from (1: from theory).
     """
@@ -46,6 +47,7 @@ class Round:
     asked: int = 0
     answered: int = 0
     refused: int = 0
+    clipped: int = 0
     noise: dict[str, Any] | None = None
     reasons: list[str] = field(default_factory=list)
 
@@ -114,8 +116,18 @@ class Recorder:
     def received(self, size_bytes: int) -> None:
         self._bytes_up += size_bytes
 
-    def computed(self, forwards: float) -> None:
-        self._forwards += forwards
+    def trained(self, replies: Sequence[TrainReply]) -> None:
+        """The replies that are used."""
+        now, self._forwards = self.current, self._forwards + sum(reply.forwards for reply in replies)
+        now.answered = len(replies)
+        if not replies:
+            return
+        now.train_loss = sum(reply.loss * reply.examples for reply in replies) / sum(r.examples for r in replies)
+        now.client_seconds = max(reply.seconds for reply in replies)
+        now.peak_mib = max(reply.peak_mib for reply in replies) or None
+        personal = [reply.personal for reply in replies if reply.personal is not None]
+        if personal:
+            now.personalised_accuracy = sum(s.correct for s in personal) / sum(s.examples for s in personal)
 
     def refuse(self, node: int, reason: str) -> None:
         """Count a reply that was not used, and say why."""

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from logging import INFO
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid
@@ -28,6 +29,7 @@ from spry_app.protocol import (
 )
 from spry_app.server.checkpoint import Checkpoint, Progress
 from spry_app.server.checks import most_forwards, problem
+from spry_app.server.clipping import clipped
 from spry_app.server.crew import crew
 from spry_app.server.dealing import deal_out
 from spry_app.server.downlink import DOWNLINKS
@@ -162,21 +164,13 @@ class SpryStrategy(Strategy):
         server_round += self.rounds_before
         accepted = self._accept(replies)
         now = self.recorder.current
-        now.answered = len(accepted)
+        self.recorder.trained([reply for _, reply in accepted])
         self.barren_rounds = 0 if accepted else self.barren_rounds + 1
         if self.barren_rounds == MOST_BARREN_ROUNDS:
             reasons = "\n".join(f"  {reason}" for reason in now.reasons) or "  no client answered in time"
             raise SpryError(f"No usable reply in {MOST_BARREN_ROUNDS} rounds; round {server_round}:\n{reasons}")
         if not accepted:
             return None, None
-        examples = sum(reply.examples for _, reply in accepted)
-        now.train_loss = sum(reply.loss * reply.examples for _, reply in accepted) / examples
-        now.client_seconds = max(reply.seconds for _, reply in accepted)
-        self.recorder.computed(sum(reply.forwards for _, reply in accepted))
-        now.peak_mib = max(reply.peak_mib for _, reply in accepted) or None
-        personal = [reply.personal for _, reply in accepted if reply.personal is not None]
-        if personal:
-            now.personalised_accuracy = sum(s.correct for s in personal) / sum(s.examples for s in personal)
         before = self.snapshot()
         entry = self.entry(accepted)
         self.state.step(server_round, self.pseudo_gradient(accepted), self.hands(accepted))
@@ -247,8 +241,16 @@ class SpryStrategy(Strategy):
             elif task.client in accepted:
                 self.recorder.refuse(node, "it answered before")
             else:
-                accepted[task.client] = (task, reply)
+                accepted[task.client] = (task, self.clipped(task, reply))
         return [accepted[client] for client in sorted(accepted)]
+
+    def clipped(self, task: Task, reply: TrainReply) -> TrainReply:
+        """No more of a reply than one client may ask for."""
+        zero = self.method.reply == "gradient"
+        start = {name: torch.zeros_like(value) if zero else value for name, value in self.asked(task).items()}
+        found = clipped(reply, start, self.config.server)
+        self.recorder.current.clipped += found is not reply
+        return found
 
     def problem(self, reply: TrainReply, task: Task) -> str:
         """Why a reply cannot be averaged; empty if it can."""
