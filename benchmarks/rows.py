@@ -87,5 +87,7 @@ def data_keys(name: str, train: Path, test: Path) -> dict[str, Scalar]:
 
 
 def partition_keys(alpha: str) -> dict[str, Scalar]:
-    """alpha: "iid", or the concentration of the Dirichlet partition."""
-    return {"data.partition": "iid"} if alpha == "iid" else {"data.partition": "dirichlet", "data.alpha": float(alpha)}
+    """alpha: "iid", or the concentration of the Dirichlet partition, whose shards all have as many rows."""
+    if alpha == "iid":
+        return {"data.partition": "iid"}
+    return {"data.partition": "dirichlet", "data.alpha": float(alpha), "data.equal-sizes": True}

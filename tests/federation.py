@@ -103,6 +103,7 @@ class Federation:
             fingerprint=self.adapted.fingerprint,
             recorder=self.recorder,
             score_on_clients=True,
+            frame=self.adapted.subspace.sent.tensors if self.adapted.subspace.sent else None,
         )
 
     def start(self, clients: int, rounds: int | None = None, **grid: Any) -> LocalGrid:

@@ -49,6 +49,20 @@ PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
         ({"adapter.kind": "ia3", "adapter.rank": 4}, "adapter.rank is 4, which adapter.kind 'ia3' does not use"),
         ({"adapter.kind": "bitfit", "adapter.targets": "query"}, "adapter.targets is 'query', which adapter.kind"),
         ({"adapter.kind": "none", "adapter.bias": "all"}, "adapter.kind 'none' does not use; leave it 'none'"),
+        ({"adapter.kind": "ia3", "adapter.subspace": "core"}, "adapter.subspace is 'core', which adapter.kind 'ia3'"),
+        (
+            {"adapter.coordinates": 5},
+            "adapter.coordinates is 5, which adapter.subspace 'none' does not use; leave it 0",
+        ),
+        ({"adapter.subspace": "shared"}, "'shared', which needs adapter.coordinates: 1 or more, not 0"),
+        (
+            {"adapter.subspace": "random", "adapter.coordinates": 5, "adapter.frame": "singular"},
+            "adapter.frame is 'singular', which adapter.subspace 'random' does not use; leave it 'random'",
+        ),
+        (
+            {"adapter.subspace": "combined", "adapter.rank": 2, "adapter.coordinates": 5},
+            "adapter.coordinates is 5, and adapter.rank 2 leaves 4 a matrix to adapter.subspace 'combined'; lower",
+        ),
     ],
 )
 def test_a_bad_key_is_named_with_what_is_allowed(flat: dict, sentence: str) -> None:

@@ -86,12 +86,28 @@ def test_a_small_alpha_makes_shards_less_alike() -> None:
     assert distance(0.1) > distance(1.0) + 0.1 > distance(100.0) + 0.2
 
 
-def test_equal_sizes_even_out_the_shards() -> None:
-    def spread(equal_sizes: bool) -> float:
-        config = DataConfig(partition="dirichlet", alpha=0.3, equal_sizes=equal_sizes)
-        return float(np.std([len(shard) for shard in shards(config, 0, 10)]))
+@pytest.mark.parametrize("alpha", [0.01, 0.1, 1.0, 100.0])
+def test_equal_sizes_make_shards_of_one_size_however_unlike_their_labels_are(alpha: float) -> None:
+    config = DataConfig(partition="dirichlet", alpha=alpha, equal_sizes=True)
+    sizes = [len(shard) for shard in shards(config, 0, 40)]
+    assert max(sizes) - min(sizes) <= 1
 
-    assert spread(True) < 0.6 * spread(False)
+
+def test_a_mixture_is_dirichlet() -> None:
+    """Of one label's share in the first half of many shards: mean 1 / 12, variance p (1 - p) / (12 alpha + 1)."""
+    config = DataConfig(partition="dirichlet", alpha=0.5, equal_sizes=True)
+    labels = load_corpus(config).train["label"][:]
+    shares = np.array(
+        [
+            np.bincount([labels[row] for row in shard[: len(shard) // 2]], minlength=12) / (len(shard) // 2)
+            for seed in range(3)
+            for shard in shards(config, seed, 40)
+        ]
+    )
+    overall = np.bincount(labels, minlength=12) / len(labels)
+    rows = len(labels) // 80
+    expected = overall * (1 - overall) * (1 / 7 + (1 - 1 / 7) / rows)  # drawn by the mixture, and then from it
+    assert np.allclose(shares.var(0).mean(), expected.mean(), rtol=0.1)
 
 
 def test_three_hundred_nodes_get_a_household_each() -> None:

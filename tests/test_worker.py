@@ -82,9 +82,8 @@ def test_a_federation_through_the_worker_gives_the_same_bits(
     assert all("held" in context.state for context in grid.contexts.values())
     assert of(node)["loads"] == 1
     assert of(node)["jobs"] >= 6
-    # Nothing of it is read again: two other nodes of this machine are served from memory too.
     before = of(node)["jobs"]
-    shutil.rmtree(run["model.name"])
+    Path(run["data.source"]).unlink()  # nothing is read again
     again = introduced(introduce(LocalGrid(2, through.run_config), through.adapted.fingerprint))
     assert again["examples"] == 36
     assert (of(node)["jobs"], of(node)["loads"]) == (before + 1, 1)
@@ -100,7 +99,8 @@ from benchmarks.local_grid import identify
 identify()
 from client_app import app
 from flwr.app import ConfigRecord, Message
-request = Message(RecordDict({{"config": ConfigRecord({{"fingerprint": {made.adapted.fingerprint!r}}})}}), 1, "query.introduce")
+asked = ConfigRecord({{"fingerprint": {made.adapted.fingerprint!r}}})
+request = Message(RecordDict({{"config": asked}}), 1, "query.introduce")
 own = {{"partition-id": 0, "num-partitions": 2}}
 reply = app(request, Context(run_id=1, node_id=1, node_config=own, state=RecordDict(), run_config={made.run_config!r}))
 print(dict(reply.content["introduction"])["examples"], "torch" in sys.modules, "transformers" in sys.modules)
@@ -120,6 +120,8 @@ def test_another_model_is_loaded_and_another_step_size_is_not(tmp_path: Path, no
     said = refusal_reason(introduce(LocalGrid(2, other), first.adapted.fingerprint))
     assert "not the server's" in said
     assert (of(node)["loads"], of(node)["model"]) == (loads + 1, other["model.name"])
+    make_checkpoint(tmp_path / "other")  # the refusal's own remedy: the server's weights
+    assert introduced(introduce(LocalGrid(2, other), first.adapted.fingerprint))["examples"] == 36
 
 
 def test_a_run_with_other_code_is_answered_by_that_code_in_the_same_process(tmp_path: Path, node: Place) -> None:
@@ -202,13 +204,13 @@ def test_the_command_serves_reports_refuses_a_second_and_stops(home: Path) -> No
 
 
 def test_a_worker_that_cannot_start_is_a_sentence_with_its_log(home: Path) -> None:
-    """A folder without Spry in it: the interpreter of the worker finds the installed one, and it none there."""
     place = Place(home / "broken" / "w.sock")
     place.prepare()
     place.key_file.write_bytes(b"short")
     place.key_file.chmod(0o600)
-    with pytest.raises(SpryError, match="has 5 bytes, not 32"):
+    with pytest.raises(SpryError, match=r"exit status 2\). Its log: .*w\.log.*client\.worker"):
         ask(place, {"do": "introduce", "code": "x"}, [], str(ROOT), 60.0)
+    assert "has 5 bytes, not 32" in place.log.read_text()
 
 
 def test_who_answers(home: Path, node: Place, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Tiny random models with a tokenizer, written to a folder as a user's own checkpoint would be. Not a test itself."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tiny_models import WORDS, tiny_base
@@ -11,6 +12,15 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 SENTENCES = ["w5 w9 w11 w2", "w7 w8"]
+
+MAPS: dict[str, dict[str, Any]] = {
+    "core": {"subspace": "core", "rank": 3},
+    "singular": {"subspace": "core", "rank": 3, "frame": "singular"},
+    "combined": {"subspace": "combined", "rank": 3, "coordinates": 5},
+    "shared": {"subspace": "shared", "rank": 2, "coordinates": 13},
+    "random": {"subspace": "random", "rank": 2, "coordinates": 13},
+}
+"""Ways to train few coordinates -> keys of `adapter`."""
 
 
 def write_checkpoint(folder: Path, family: str = "bert", pad: bool = True, seed: int = 0) -> str:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import ArrayRecord, Context, Message, RecordDict
 
 from spry_app.autodiff.memory import is_out_of_memory, return_freed_memory
 from spry_app.client.catch_up import tensors_of
@@ -16,7 +16,18 @@ from spry_app.config import RunConfig
 from spry_app.errors import SpryError
 from spry_app.methods import Layout, Method, get_method
 from spry_app.methods.global_state import digest
-from spry_app.protocol import Introduction, Score, Task, TrainReply, expected_fingerprint, refusal
+from spry_app.models import SENT, Fixed, difference
+from spry_app.protocol import (
+    Introduction,
+    Score,
+    Task,
+    TrainReply,
+    expected_fingerprint,
+    frame_in,
+    from_arrays,
+    refusal,
+    to_arrays,
+)
 
 Answer = Callable[[Message, Context], Message]
 Work = Callable[[Node, Message, Method, RunConfig, RecordDict], Introduction | TrainReply | Score]
@@ -29,7 +40,7 @@ def _answer(work: Work) -> Answer:
         try:
             config = RunConfig.from_flower(context.run_config)
             method = get_method(config)
-            node = load_node(config, context.node_config)
+            node = load_node(config, context.node_config, _frame(message, config, context.state))
             _check_base(node.adapted.fingerprint, expected_fingerprint(message), config)
             method = method.on(Layout(node.adapted.depths(), len(node.adapted.blocks)), config.client)
             check_gradient(node, method.gradient, most_at_once(node, config))
@@ -83,10 +94,33 @@ def _out_of_memory(context: Context) -> SpryError:
     )
 
 
-def _check_base(here: str, there: str, config: RunConfig) -> None:
-    if here != there:
+def _frame(message: Message, config: RunConfig, state: RecordDict) -> Fixed | None:
+    """What the server computes of the adapter and sends once, kept in `state`; None where nodes need none."""
+    if config.adapter.frame not in SENT:
+        return None
+    sent = frame_in(message)
+    if sent is not None:
+        state["frame"] = to_arrays(sent)
+    kept = state.get("frame")
+    if not isinstance(kept, ArrayRecord):
         raise SpryError(
-            f"The base model of this node is not the server's (fingerprint {here[:12]}, the server has {there[:12]}). "
-            f"Every node must load the same weights of model.name={config.model.name!r}: pin model.revision, or "
-            "replace this node's copy."
+            f"This node does not hold the frame of the run (adapter.frame={config.adapter.frame!r}), which the server "
+            "sends with its first message; it sends it again."
+        )
+    return Fixed.of(from_arrays(kept))
+
+
+def _check_base(here: str, there: str, config: RunConfig) -> None:
+    """That both adapt the same weights, in the same way."""
+    if found := difference(here, there):
+        remedies = {
+            "base model": f"Every node must load the same weights of model.name={config.model.name!r}: pin "
+            "model.revision, or replace this node's copy.",
+            "fixed part of the adapter": f"With adapter.subspace={config.adapter.subspace!r} it follows from seed, "
+            "adapter.* and the names of the model's layers, or comes from the server: run the same version of Spry "
+            "everywhere.",
+        }
+        raise SpryError(
+            f"The {found.what} of this node is not the server's (fingerprint {found.here}, the server has "
+            f"{found.there}). {remedies[found.what]}"
         )

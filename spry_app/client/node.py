@@ -10,7 +10,7 @@ from spry_app.autodiff.memory import MIB
 from spry_app.config import AdapterConfig, ClientConfig, ModelConfig, RunConfig
 from spry_app.data import label_names, load_shard
 from spry_app.errors import SpryError
-from spry_app.models import AdaptedModel, load_model
+from spry_app.models import AdaptedModel, Fixed, load_model
 from spry_app.objectives import score
 from spry_app.prefix import PrefixCache, frozen
 from spry_app.protocol import Score
@@ -50,12 +50,14 @@ class Node:
         return score(self.adapted, self.heldout, config.batch_size, bottom.entering if bottom else None)
 
 
-def load_node(config: RunConfig, node_config: Mapping[str, bool | float | int | str]) -> Node:
+def load_node(
+    config: RunConfig, node_config: Mapping[str, bool | float | int | str], frame: Fixed | None = None
+) -> Node:
     """The node that Flower's `node_config` describes; model and rows are loaded once a process.
 
     Keys: partition-id, num-partitions (a shard of `data.source`), data (the node's own file), model (its own copy of
-    the checkpoint), memory-budget-mib (what a training step may take here above the loaded model). Raises SpryError
-    where they do not make a usable node.
+    the checkpoint), memory-budget-mib (what a training step may take here above the loaded model). frame: what the
+    server has sent of the adapter. Raises SpryError where they do not make a usable node.
     """
     file, path = str(node_config.get("data", "")), str(node_config.get("model", ""))
     if not file and not {"partition-id", "num-partitions"} <= node_config.keys():
@@ -64,7 +66,7 @@ def load_node(config: RunConfig, node_config: Mapping[str, bool | float | int | 
             'num-partitions (a shard of data.source), or data="/path/to/its/own.jsonl".'
         )
     index, count = int(node_config.get("partition-id", -1)), int(node_config.get("num-partitions", 0))
-    return _load_node(config, path, file, index, count, _memory_mib(node_config))
+    return _load_node(config, path, file, index, count, _memory_mib(node_config), frame)
 
 
 def _memory_mib(node_config: Mapping[str, bool | float | int | str]) -> float:
@@ -82,17 +84,19 @@ def _memory_mib(node_config: Mapping[str, bool | float | int | str]) -> float:
 
 @functools.lru_cache(maxsize=1)
 def _load_model(
-    model: ModelConfig, adapter: AdapterConfig, labels: int, seed: int, path: str
+    model: ModelConfig, adapter: AdapterConfig, labels: int, seed: int, path: str, frame: Fixed | None
 ) -> tuple[AdaptedModel, Tensors]:
     """The model, which nodes in one process share, and its tensors as they were then."""
-    adapted = load_model(model, adapter, labels, seed, path)
+    adapted = load_model(model, adapter, labels, seed, path, frame)
     return adapted, adapted.tensors()
 
 
 @functools.lru_cache(maxsize=1024)
-def _load_node(config: RunConfig, path: str, file: str, index: int, count: int, memory_mib: float) -> Node:
+def _load_node(
+    config: RunConfig, path: str, file: str, index: int, count: int, memory_mib: float, frame: Fixed | None
+) -> Node:
     labels = len(label_names(config.data))
-    adapted, start = _load_model(config.model, config.adapter, labels, config.seed, path)
+    adapted, start = _load_model(config.model, config.adapter, labels, config.seed, path, frame)
     shard = load_shard(config.data, config.seed, index, count, file)
     encode = functools.partial(classification.encode, tokenizer=adapted.tokenizer, max_length=config.data.max_length)
     return Node(adapted, encode(shard.train), encode(shard.heldout), start, index, memory_mib)

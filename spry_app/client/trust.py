@@ -47,7 +47,8 @@ def _check_cut(node: Node, cut: int) -> None:
     if known[cut]:
         raise SpryError(
             f"This {node.adapted.model.config.model_type} model cannot be cut at block {cut} ({known[cut]}): set "
-            'client.cut to another block, adapter.bias to "none", or method to "fedmezo", which needs no cut.'
+            'client.cut to another block, adapter.bias to "none", adapter.subspace to "none" or "core", or method to '
+            '"fedmezo", which needs no cut.'
         )
 
 

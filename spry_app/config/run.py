@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 from spry_app.config.presets import PRESETS, Scalar, of_preset
 from spry_app.config.sections import (
     ADAPTER_KEYS,
+    SUBSPACE_KEYS,
     AdapterConfig,
     ClientConfig,
     Count,
@@ -83,13 +84,33 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _adapter_keys_are_used(self) -> Self:
-        kind, default = self.adapter.kind, AdapterConfig()
-        for name in AdapterConfig.model_fields:
-            got, usual = getattr(self.adapter, name), getattr(default, name)
-            if name not in ADAPTER_KEYS[kind] | {"kind"} and got != usual:
-                raise ValueError(
-                    f"adapter.{name} is {got!r}, which adapter.kind {kind!r} does not use; leave it {usual!r}"
-                )
+        adapter, default = self.adapter, AdapterConfig()
+        everything = frozenset(AdapterConfig.model_fields) - {"kind"}
+        own = frozenset[str]().union(*SUBSPACE_KEYS.values())
+        for key, unused in (
+            ("kind", everything - ADAPTER_KEYS[adapter.kind]),
+            ("subspace", own - SUBSPACE_KEYS[adapter.subspace]),
+        ):
+            for name in sorted(unused):
+                got, usual = getattr(adapter, name), getattr(default, name)
+                if got != usual:
+                    raise ValueError(
+                        f"adapter.{name} is {got!r}, which adapter.{key} {getattr(adapter, key)!r} does not use; "
+                        f"leave it {usual!r}"
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _coordinates_fit(self) -> Self:
+        adapter = self.adapter
+        kind, count, most = adapter.subspace, adapter.coordinates, adapter.rank**2
+        if "coordinates" in SUBSPACE_KEYS[kind] and not count:
+            raise ValueError(f"adapter.subspace is {kind!r}, which needs adapter.coordinates: 1 or more, not 0")
+        if kind == "combined" and count > most:
+            raise ValueError(
+                f"adapter.coordinates is {count}, and adapter.rank {adapter.rank} leaves {most} a matrix to adapter."
+                f"subspace 'combined'; lower adapter.coordinates to {most} or raise adapter.rank"
+            )
         return self
 
     def evaluates(self, round_: int) -> bool:

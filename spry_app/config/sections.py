@@ -63,15 +63,32 @@ class AdapterConfig(Section):
     calls them (LoRA), or for PEFT's choice: mostly key, value and the last matrix of the feed-forward layer (IA3)."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """LoRA only: which biases are trained beside it (PEFT's `bias`)."""
+    subspace: Literal["none", "core", "combined", "shared", "random"] = "none"
+    """LoRA only: what of it is trained. "none", all; "core", rank x rank numbers a matrix between two fixed factors;
+    "combined", `coordinates` numbers a matrix, weights of fixed cores; "shared" and "random", `coordinates` numbers in
+    all. What is saved is LoRA. The fewer numbers, the less noise in a gradient made of slopes."""
+    coordinates: int = Field(0, ge=0, lt=2**31)
+    """"combined": numbers trained a matrix, at most rank x rank; "shared", "random": numbers trained in all."""
+    frame: Literal["random", "singular"] = "random"
+    """"core", "combined": the fixed factors. "random", drawn from `seed` by every node; "singular", the first singular
+    vectors of the weights, which the server computes and sends to each node once."""
 
 
 ADAPTER_KEYS: dict[str, frozenset[str]] = {
-    "lora": frozenset({"rank", "alpha", "dropout", "targets", "bias"}),
+    "lora": frozenset({"rank", "alpha", "dropout", "targets", "bias", "subspace", "coordinates", "frame"}),
     "ia3": frozenset({"targets"}),
     "bitfit": frozenset(),
     "none": frozenset(),
 }
 """adapter.kind -> the other keys of `adapter` that it uses."""
+SUBSPACE_KEYS: dict[str, frozenset[str]] = {
+    "none": frozenset(),
+    "core": frozenset({"frame"}),
+    "combined": frozenset({"coordinates", "frame"}),
+    "shared": frozenset({"coordinates"}),
+    "random": frozenset({"coordinates"}),
+}
+"""adapter.subspace -> the keys of `adapter` that it uses and others do not."""
 
 
 class DataConfig(Section):
@@ -96,7 +113,8 @@ class DataConfig(Section):
     alpha: float = Field(1.0, gt=0)
     """Concentration of the Dirichlet partition over labels; smaller is less alike."""
     equal_sizes: bool = False
-    """Dirichlet: give every shard about the same number of rows."""
+    """Dirichlet: draw what each shard is made of, so that all have as many rows, and not how each label is spread over
+    them, which for a small alpha and few labels leaves some of many shards without any."""
     natural_field: str = "household"
     """Field whose values (a user id, a household) are never split between two shards."""
     holdout: float = Field(0.1, ge=0, lt=1)

@@ -22,6 +22,8 @@ Rule = Callable[[Dataset, DataConfig, int, int], list[list[int]]]
 if TYPE_CHECKING:
     from flwr_datasets.partitioner import Partitioner
 
+_MIXTURES = 1 << 40
+"""Number of their stream of random numbers; those of shards are far below."""
 _FEWER = "Use fewer nodes (spry run --nodes, or num-supernodes in --federation-config)"
 
 
@@ -71,6 +73,9 @@ def _iid(rows: Dataset, _config: DataConfig, _seed: int, count: int) -> list[lis
 
 
 def _dirichlet(rows: Dataset, config: DataConfig, seed: int, count: int) -> list[list[int]]:
+    """How each label is spread over the shards is drawn, or what each shard is made of."""
+    if config.equal_sizes:
+        return _mixtures(rows, config, seed, count)
     from flwr_datasets.partitioner import DirichletPartitioner
 
     partitioner = DirichletPartitioner(
@@ -78,7 +83,7 @@ def _dirichlet(rows: Dataset, config: DataConfig, seed: int, count: int) -> list
         partition_by="label",
         alpha=config.alpha,
         min_partition_size=1,
-        self_balancing=config.equal_sizes,
+        self_balancing=False,
         seed=seed,
     )
     try:
@@ -87,9 +92,28 @@ def _dirichlet(rows: Dataset, config: DataConfig, seed: int, count: int) -> list
             return _parts(partitioner, rows, count)
     except (ValueError, FloatingPointError) as error:
         raise SpryError(
-            f"data.alpha {config.alpha} leaves some of {count} shards empty, however often it is drawn. {_FEWER}, or a "
-            "larger data.alpha."
+            f"data.alpha {config.alpha} leaves some of {count} shards empty, however often it is drawn. {_FEWER}, a "
+            "larger data.alpha, or data.equal-sizes=true."
         ) from error
+
+
+def _mixtures(rows: Dataset, config: DataConfig, seed: int, count: int) -> list[list[int]]:
+    """Equal sizes: for each shard a mixture of the labels is drawn, and its rows by that, as long as a label lasts
+    (arXiv 1909.06335, section 3; there the concentrations sum to alpha, here to alpha times the labels).
+
+    Shards take a row each in turn, so that what is left at the end falls to all of them.
+    """
+    draw, members = _generator(seed, _MIXTURES), defaultdict[int, list[int]](list)
+    for row, label in zip(rows["row"], rows["label"], strict=True):
+        members[label].append(row)
+    left = list(members.values())
+    shares = np.array([len(label) for label in left]) / len(rows)
+    mixtures = draw.dirichlet(config.alpha * len(left) * shares, size=count) + 1e-12
+    found: list[list[int]] = [[] for _ in range(count)]
+    for number in range(len(rows)):
+        mixture = mixtures[number % count] * [bool(label) for label in left]
+        found[number % count].append(left[draw.choice(len(left), p=mixture / mixture.sum())].pop())
+    return found
 
 
 def _natural(rows: Dataset, config: DataConfig, _seed: int, count: int) -> list[list[int]]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,9 +20,10 @@ from spry_app.config import AdapterConfig, ModelConfig
 from spry_app.models.adapter import attach
 from spry_app.models.blocks import Entering, depth_of, install, run_until, starting_from
 from spry_app.models.checkpoint import find_device, load_checkpoint
-from spry_app.models.fingerprint import fingerprint
+from spry_app.models.fingerprint import fingerprint, with_fixed
 from spry_app.models.randomness import seeded
 from spry_app.models.sources import public_name
+from spry_app.models.subspace import Fixed, Subspace, install_subspace
 from spry_app.models.units import HEAD, Units, group
 
 Tensors = dict[str, Tensor]
@@ -40,6 +41,7 @@ class AdaptedModel:
     device: torch.device
     blocks: tuple[str, ...] = ()
     """Names of the transformer blocks, from the lowest; () where they are not to be found (blocks.install)."""
+    subspace: Subspace = field(default_factory=Subspace)
 
     def tensors(self) -> Tensors:
         """Every trainable tensor, fp32 copies on the CPU."""
@@ -52,7 +54,7 @@ class AdaptedModel:
     @torch.no_grad()
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Write them into the model; names not given stay as they are. Shapes must be the model's."""
-        for name, tensor in tensors.items():
+        for name, tensor in {**tensors, **self._placed(tensors)}.items():
             parameter = self.model.get_parameter(name)
             assert parameter.shape == tensor.shape, f"{name} is {tuple(tensor.shape)}, not {tuple(parameter.shape)}"
             parameter.copy_(tensor)
@@ -104,7 +106,9 @@ class AdaptedModel:
 
     def _placed(self, params: Mapping[str, Tensor]) -> Tensors:
         own = {name: self.model.get_parameter(name) for name in params}
-        return {name: onto(tensor, own[name].device, own[name].dtype) for name, tensor in params.items()}
+        return self.subspace.expand(
+            {name: onto(tensor, own[name].device, own[name].dtype) for name, tensor in params.items()}
+        )
 
     def _output(
         self, placed: Tensors, inputs: Mapping[str, Tensor], dropout: int | None, entering: Entering | None
@@ -138,16 +142,23 @@ class AdaptedModel:
         found, passed = dict[str, int](), 0
         for unit, names in self.units.items():
             for name in names:
-                inside = any(name.startswith(f"{block}.") for block in self.blocks)
+                inside = any(moved.startswith(f"{block}.") for block in self.blocks for moved in self._moved(name))
                 passed = len(self.blocks) if inside or unit == HEAD else passed
-                found[name] = depth_of(name, self.blocks) if inside else passed
+                found[name] = self._depth_of(name) if inside else passed
         return found
 
     def depth(self, names: Iterable[str]) -> int:
         """The lowest block with one of these tensors; the number of blocks if they are all the head's."""
         head = set(self.units.get(HEAD, ()))
-        depths = [depth_of(name, self.blocks) for name in names if name not in head]
+        depths = [self._depth_of(name) for name in names if name not in head]
         return min(depths, default=len(self.blocks))
+
+    def _moved(self, name: str) -> tuple[str, ...]:
+        return self.subspace.moves.get(name, (name,))
+
+    def _depth_of(self, name: str) -> int:
+        """Of the lowest tensor that moves with this one."""
+        return min(depth_of(moved, self.blocks) for moved in self._moved(name))
 
     def _batch(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: onto(tensor, self.device) for name, tensor in inputs.items() if name != "labels"}
@@ -182,9 +193,12 @@ def _passing_through(head: nn.Module) -> Iterator[None]:
         del head.forward  # the instance's; that of its class is back
 
 
-def load_model(model: ModelConfig, adapter: AdapterConfig, num_labels: int, seed: int, path: str = "") -> AdaptedModel:
+def load_model(
+    model: ModelConfig, adapter: AdapterConfig, num_labels: int, seed: int, path: str = "", frame: Fixed | None = None
+) -> AdaptedModel:
     """Load, quantise, adapt. `path` is a node's own copy, taken instead of model.name.
 
+    frame: what is not computed here of a subspace of the adapter, but given (Subspace.sent).
     Whatever the checkpoint lacks and LoRA's first factors are drawn from `seed` alone, the same on every node.
     Raises SpryError for a model, device, quantiser or target that is not to be had.
     """
@@ -193,16 +207,19 @@ def load_model(model: ModelConfig, adapter: AdapterConfig, num_labels: int, seed
         base = load_checkpoint(model, num_labels, device, path)
         identity = fingerprint(base.model, base.head)
         adapted = attach(base.model, adapter, base.head, public_name(model.name), model.revision)
+    subspace = install_subspace(adapted, adapter, seed, frame)
+    if subspace.fixed is not None:
+        identity = with_fixed(identity, subspace.fixed.digest)
     adapted.eval()
     units = group(adapted)
     # A parameter that asks for gradients makes backprop keep the graph of units that this node does not train.
     adapted.requires_grad_(False)
-    return AdaptedModel(adapted, base.tokenizer, units, identity, device, install(adapted))
+    return AdaptedModel(adapted, base.tokenizer, units, identity, device, install(adapted), subspace)
 
 
 def save_adapter(adapted: AdaptedModel, tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Write `tensors` into the model, then adapter and tokenizer into `folder` for `peft.PeftModel.from_pretrained`."""
     adapted.load_tensors(tensors)
     # "auto" would ask the Hub whether the vocabulary of the base model has grown.
-    adapted.model.save_pretrained(str(folder), save_embedding_layers=False)
+    adapted.model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=adapted.subspace.plain())
     adapted.tokenizer.save_pretrained(str(folder))

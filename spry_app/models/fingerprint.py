@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Collection
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,14 @@ _SHAPE_OF_THE_MODEL = (
     "hidden_act",
 )
 _SAMPLE = 4096
+
+
+class Difference(NamedTuple):
+    """what: the base model, or else the fixed part of the adapter. here, there: beginnings of their fingerprints."""
+
+    what: str
+    here: str
+    there: str
 
 
 def fingerprint(model: PreTrainedModel, head: Collection[str]) -> str:
@@ -38,6 +47,25 @@ def fingerprint(model: PreTrainedModel, head: Collection[str]) -> str:
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
             digest.update(_sample(tensor.detach()))
     return digest.hexdigest()
+
+
+def with_fixed(base: str, digest: str) -> str:
+    """The fingerprint of base weights and of what an adapter is made of beside them and nobody trains."""
+    return f"{base}+{digest}"
+
+
+def difference(here: str, there: str) -> Difference | None:
+    """Between two fingerprints; None if they are equal."""
+    names = "base model", "fixed part of the adapter"
+    for what, one, other in zip(names, _halves(here), _halves(there), strict=True):
+        if one != other:
+            return Difference(what, one[:12] or "none", other[:12] or "none")
+    return None
+
+
+def _halves(identity: str) -> tuple[str, str]:
+    base, _, fixed = identity.partition("+")
+    return base, fixed
 
 
 def _sample(tensor: Tensor) -> bytes:

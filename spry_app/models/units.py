@@ -8,6 +8,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 
 HEAD = "head"
+COORDINATES = "coordinates"
+"""Module of the coordinates that all adapted matrices share, at the top of the model."""
 Units = dict[str, tuple[str, ...]]
 
 _BLOCK = re.compile(r"(.*?\.)(\d+)(?=\.)")
@@ -18,7 +20,8 @@ def group(model: PeftModel) -> Units:
     """Unit name -> names of its trainable tensors, in the order the model defines its layers; the head last.
 
     One unit an adapted matrix (its low-rank factors and its own bias, or its IA3 factors), one for the other trained
-    biases of a block, one for everything that is trained in full (the classification head).
+    biases of a block, one for everything that is trained in full (the classification head), and one for each chunk of
+    the coordinates that all matrices share; those, which move the lowest matrix, come first.
     """
     wrapped = f"base_model.model.{model.get_base_model().base_model_prefix}."
 
@@ -31,12 +34,13 @@ def group(model: PeftModel) -> Units:
         if isinstance(module, BaseTunerLayer | ModulesToSaveWrapper)
     }
     units: dict[str, list[str]] = {}
+    shared = {name: (name,) for name, _ in model.named_parameters() if name.startswith(f"{COORDINATES}.")}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and name not in shared:
             unit = next((owners[parent] for parent in _parents(name) if parent in owners), None)
             units.setdefault(unit or _bias_unit(short(name)), []).append(name)
     head = units.pop(HEAD, [])
-    return {unit: tuple(names) for unit, names in [*units.items(), (HEAD, head)] if names}
+    return shared | {unit: tuple(names) for unit, names in [*units.items(), (HEAD, head)] if names}
 
 
 def depths(units: Iterable[str]) -> tuple[dict[str, int], int]:

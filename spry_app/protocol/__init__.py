@@ -1,12 +1,21 @@
 """Everything that travels between server and clients. No other room builds or reads message content.
 
-downlink  "arrays": adapter tensors  "update", "log": if needed  "config": round, client, units, fingerprint, flags
+downlink  "arrays": adapter tensors  "update", "log", "frame": if any "config": round, client, units, fingerprint, flags
 uplink    "arrays": values, gradients or nothing       "metrics": loss, counts, slopes    or "refusal": a sentence
 """
 
 from spry_app.protocol.records import MalformedReply, Tensors, from_arrays, size_bytes, to_arrays
 from spry_app.protocol.replies import Introduction, Score, TrainReply, refusal, refusal_reason
-from spry_app.protocol.task import EVALUATE, TRAIN, CatchUp, Task, expected_fingerprint, introduction_request
+from spry_app.protocol.task import (
+    EVALUATE,
+    TRAIN,
+    CatchUp,
+    Task,
+    expected_fingerprint,
+    frame_in,
+    introduction_request,
+    with_frame,
+)
 
 __all__ = [
     "EVALUATE",
@@ -19,10 +28,12 @@ __all__ = [
     "Tensors",
     "TrainReply",
     "expected_fingerprint",
+    "frame_in",
     "from_arrays",
     "introduction_request",
     "refusal",
     "refusal_reason",
     "size_bytes",
     "to_arrays",
+    "with_frame",
 ]

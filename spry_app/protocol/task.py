@@ -98,6 +98,17 @@ def introduction_request(node: int, fingerprint: str) -> Message:
     return Message(content=content, dst_node_id=node, message_type=INTRODUCE)
 
 
+def frame_in(message: Message) -> Tensors | None:
+    """What `with_frame` has put there."""
+    return tensors_in(message, "frame") if "frame" in message.content else None
+
+
+def with_frame(message: Message, frame: Tensors) -> Message:
+    """With what a node cannot compute of the adapter by itself; it keeps that for the run."""
+    message.content["frame"] = to_arrays(frame)
+    return message
+
+
 def expected_fingerprint(message: Message) -> str:
     """The base model that the server has, from any message of its."""
     return Record(message, "config").get("fingerprint", str)

@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from logging import INFO, WARNING
 
 import numpy as np
@@ -11,17 +12,37 @@ from flwr.serverapp import Grid
 
 from spry_app.config import ServerConfig
 from spry_app.errors import SpryError
-from spry_app.protocol import Introduction, MalformedReply, introduction_request, refusal_reason
+from spry_app.protocol import (
+    Introduction,
+    MalformedReply,
+    Tensors,
+    introduction_request,
+    refusal_reason,
+    size_bytes,
+    with_frame,
+)
 
 _POLL_S = 0.5
 
 
 class Fleet:
-    """The nodes of a run. A node is asked to introduce itself once, and used only if its base model is the server's."""
+    """The nodes of a run. A node is asked to introduce itself once, and used only if its base model is the server's.
 
-    def __init__(self, config: ServerConfig, fingerprint: str) -> None:
+    frame: what nodes cannot compute of the adapter, sent to each once. sent: is told the bytes of that.
+    """
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        fingerprint: str,
+        frame: Tensors | None = None,
+        sent: Callable[[int], None] = lambda size_bytes: None,
+    ) -> None:
         self._config = config
         self._fingerprint = fingerprint
+        self._frame, self._sent = frame, sent
+        self._holding: set[int] = set()
+        """Nodes that were sent the frame, and have not failed since."""
         self._introductions: dict[int, Introduction] = {}
         self._refused: dict[int, str] = {}
 
@@ -56,6 +77,18 @@ class Fleet:
         """Of the tensors that this available node starts from."""
         return self._introductions[node].digest
 
+    def equip(self, message: Message) -> Message:
+        """With the frame, where its node may not hold it."""
+        node = message.metadata.dst_node_id
+        if self._frame is None or node in self._holding:
+            return message
+        self._holding.add(node)
+        return with_frame(message, self._frame)
+
+    def lost(self, node: int) -> None:
+        """The node has refused or failed, and may have forgotten what it was sent."""
+        self._holding.discard(node)
+
     def _wait(self, grid: Grid, needed: int) -> list[int]:
         deadline = time.monotonic() + self._config.wait_timeout_s
         while True:
@@ -73,7 +106,9 @@ class Fleet:
         if not nodes:
             return
         log(INFO, "Asking %d nodes to load their model and rows", len(nodes))
-        requests = [introduction_request(node, self._fingerprint) for node in nodes]
+        requests = [self.equip(introduction_request(node, self._fingerprint)) for node in nodes]
+        if self._frame is not None:
+            self._sent(sum(map(size_bytes, requests)))
         for reply in grid.send_and_receive(requests, timeout=self._config.round_timeout_s):
             self._read(reply)
         for node in nodes:

@@ -11,7 +11,8 @@ from spry_app.data import label_names
 from spry_app.errors import SpryError
 from spry_app.methods import Layout, get_method
 from spry_app.methods.global_state import GlobalState
-from spry_app.models import load_model, save_adapter
+from spry_app.models import difference, load_model, save_adapter
+from spry_app.server.frame_file import load_frame
 from spry_app.slope_log import exact_path, read
 
 
@@ -23,11 +24,12 @@ def rebuild(log: Path, folder: Path, model: str = "") -> int:
     """
     header, entries = read(log)
     config = RunConfig.from_flower(header["config"])
-    adapted = load_model(config.model, config.adapter, len(label_names(config.data)), config.seed, model)
-    if adapted.fingerprint != header["fingerprint"]:
+    frame = load_frame(log.parent, config)
+    adapted = load_model(config.model, config.adapter, len(label_names(config.data)), config.seed, model, frame)
+    if found := difference(adapted.fingerprint, header["fingerprint"]):
         raise SpryError(
-            f"The base model here is not that of the run (fingerprint {adapted.fingerprint[:12]}, the run had "
-            f"{header['fingerprint'][:12]}): pin model.revision={config.model.revision!r}, or give its copy by --model."
+            f"The {found.what} here is not that of the run (fingerprint {found.here}, the run had {found.there}): pin "
+            f"model.revision={config.model.revision!r}, or give its copy by --model."
         )
     if header["units"] != list(adapted.units):
         raise SpryError(f"{log} is of a model with the units {header['units']}; here it has {list(adapted.units)}.")

@@ -21,6 +21,7 @@ from spry_app.objectives import score
 from spry_app.prefix import PrefixCache, frozen
 from spry_app.protocol import Score, from_arrays, to_arrays
 from spry_app.server.checkpoint import load
+from spry_app.server.frame_file import load_frame, save_frame
 from spry_app.server.memory import step_peaks
 from spry_app.server.picture import draw
 from spry_app.server.record import Recorder
@@ -67,10 +68,13 @@ def federate(grid: Grid, config: RunConfig, folder: Path) -> Federated:
     checkpoint = load(folder, config) if config.resume else None
     method = get_method(config)
     strategy_class = _strategy_class(config.strategy)
-    adapted = load_model(config.model, config.adapter, len(label_names(config.data)), config.seed)
+    frame = load_frame(folder, config) if config.resume else None
+    adapted = load_model(config.model, config.adapter, len(label_names(config.data)), config.seed, frame=frame)
     method = method.on(Layout(adapted.depths(), len(adapted.blocks)), config.client)
     test = _test_rows(config, adapted)
     recorder = Recorder(folder, config, checkpoint.progress.round if checkpoint else None)
+    frame = adapted.subspace.sent
+    save_frame(frame, folder)
     strategy = strategy_class(
         config=config,
         method=method,
@@ -79,6 +83,7 @@ def federate(grid: Grid, config: RunConfig, folder: Path) -> Federated:
         fingerprint=adapted.fingerprint,
         recorder=recorder,
         score_on_clients=test is None,
+        frame=frame.tensors if frame else None,
     )
 
     bottom = None if test is None else frozen(adapted, test, config.client.prefix_cache_mib * MIB)

@@ -47,7 +47,8 @@ class SpryStrategy(Strategy):
 
     config: of the run. method: what clients compute and send. units: unit -> names of its tensors. tensors: the
     trainable tensors (fp32) to start from. fingerprint: of the base model. recorder: gets counts and bytes.
-    score_on_clients: the server has no test set, so clients score the global model on their held-out rows.
+    score_on_clients: the server has no test set, so clients score the global model on their held-out rows. frame: what
+    clients cannot compute of the adapter (models.Subspace.sent).
     """
 
     def __init__(
@@ -60,10 +61,11 @@ class SpryStrategy(Strategy):
         fingerprint: str,
         recorder: Recorder,
         score_on_clients: bool = False,
+        frame: Tensors | None = None,
     ) -> None:
         self.config, self.method, self.units, self.recorder = config, method, units, recorder
         self.fingerprint, self.score_on_clients = fingerprint, score_on_clients
-        self.fleet = Fleet(config.server, fingerprint)
+        self.fleet = Fleet(config.server, fingerprint, frame, recorder.sent)
         self.state = GlobalState(tensors, units, method, config)
         self.downlink = DOWNLINKS[method.send](self.state)
         if method.reply == "slopes":
@@ -129,7 +131,8 @@ class SpryStrategy(Strategy):
         """One a node, counted."""
         for node in tasks:
             self.downlink.met(node, self.fleet.digest(node))
-        messages = [self.downlink.outgoing(node, task).to_message(node, message_type) for node, task in tasks.items()]
+        outgoing = [self.downlink.outgoing(node, task).to_message(node, message_type) for node, task in tasks.items()]
+        messages = [self.fleet.equip(message) for message in outgoing]
         self.recorder.sent(sum(map(size_bytes, messages)))
         return messages
 
@@ -265,6 +268,7 @@ class SpryStrategy(Strategy):
         reason = reason or refusal_reason(message)
         if reason:
             self.downlink.lost(node)
+            self.fleet.lost(node)
             raise MalformedReply(reason)
         self.downlink.followed(node)
 

@@ -1,6 +1,7 @@
 """What a job is: a message and the node's context, answered as in Flower's own process. Nothing of sockets is here."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
 from flwr.app import Context, Message
@@ -20,12 +21,15 @@ logger = logging.getLogger(__name__)
 
 
 class Jobs:
-    """Does one after the other, with what the last one has loaded where it is of the same run config and node."""
+    """Does one after the other, with the rows that the run's last one has loaded, and the model where it is the same.
+
+    A new run reads the rows again: a node's own file may have grown.
+    """
 
     def __init__(self) -> None:
         self._model = ""
         self._loads = 0
-        self._config: RunConfig | None = None
+        self._run: tuple[object, ...] = ()
         self._loaded: tuple[object, ...] = ()
 
     def facts(self) -> dict[str, Any]:
@@ -51,13 +55,13 @@ class Jobs:
         except SpryError:  # is told to the server in answer to the message
             return
         model = str(context.node_config.get("model", "") or config.model.name)
-        loaded = (config.model, config.adapter, config.seed, model)
-        if config != self._config:
+        run, loaded = (context.run_id, config), (config.model, config.adapter, config.seed, model, _stamps(model))
+        if run != self._run or loaded != self._loaded:
             other = loaded != self._loaded
             self._loads += models_loaded() if other else 0
             forget_nodes(models=other)
             return_freed_memory()
-        self._model, self._config, self._loaded = model, config, loaded
+        self._model, self._run, self._loaded = model, run, loaded
 
 
 def _read(bodies: Bodies) -> tuple[Message, Context]:
@@ -65,6 +69,12 @@ def _read(bodies: Bodies) -> tuple[Message, Context]:
     here = context_from_proto(ProtoContext.FromString(context))
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = here.run_id, here.node_id, 0
     return message_from_proto(ProtoMessage.FromString(message)), here
+
+
+def _stamps(model: str) -> tuple[object, ...]:
+    """What tells that the files of a local checkpoint have been replaced; nothing for a name."""
+    files = sorted(Path(model).iterdir()) if Path(model).is_dir() else ()
+    return tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
 
 
 def _short(error: Exception) -> str:
