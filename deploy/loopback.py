@@ -21,6 +21,7 @@ from spry_app.launcher.processes import Processes, usable_cores
 from spry_app.launcher.progress import describe
 from spry_app.launcher.settings import Simulation, run_config
 from spry_app.launcher.superlink import HOST, Outcome, SuperLink, environment, free_port, write_settings
+from spry_app.worker.place import default_place
 
 APP = Path(__file__).resolve().parent.parent
 
@@ -49,6 +50,8 @@ def main() -> int:
         print(f"{error}\nLogs: {shutil.copytree(logs, kept / 'logs', dirs_exist_ok=True)}", file=sys.stderr)
         return 1
     finally:
+        for home in folder.glob("node-*"):
+            default_place(home).stop()  # workers outlive the SuperNodes whose messages started them
         shutil.rmtree(folder, ignore_errors=True)
     print(f"Completed: {kept}")
     return 0

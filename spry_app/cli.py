@@ -138,6 +138,44 @@ def doctor_command(
     raise typer.Exit(1 if failed else 0)
 
 
+@app.command("worker")
+def worker_command(
+    socket: Annotated[
+        Path | None,
+        typer.Option(
+            help="Unix socket, in a folder of mode 0700; `worker` in the node config. Default: $FLWR_HOME/spry."
+        ),
+    ] = None,
+    idle_s: Annotated[float, typer.Option(min=0.0, help="Seconds without a message after which to end; 0: never.")] = 0,
+    status: Annotated[bool, typer.Option("--status", help="Print how the worker is, as JSON, and exit.")] = False,
+    stop: Annotated[bool, typer.Option("--stop", help="End the worker and exit.")] = False,
+    code: Annotated[str, typer.Option(hidden=True)] = "",
+    descriptors: Annotated[str, typer.Option(hidden=True)] = "",
+) -> None:
+    """Keep this node's model warm: one process that answers a SuperNode's messages.
+
+    Without it, the first message starts one. Exit status: 0 after --idle-s or SIGTERM, 75 where another one lives here;
+    with --status and --stop 1 where there is none.
+    """
+    from spry_app.worker.ask import health
+    from spry_app.worker.life import live
+    from spry_app.worker.place import Place, default_place
+
+    place = Place(socket.expanduser().absolute()) if socket else default_place()
+    try:
+        if not (status or stop):
+            raise typer.Exit(live(place, idle_s, code, descriptors))
+        found = health(place) if status else place.stop()
+    except SpryError as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(2) from None
+    if not found:
+        print(f"No worker at {place.socket}", file=sys.stderr)
+    elif status:
+        print(json.dumps(found))
+    raise typer.Exit(0 if found else 1)
+
+
 def main() -> None:
     """Entry point of the console script."""
     app()

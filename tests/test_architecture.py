@@ -26,11 +26,12 @@ ALLOWED: dict[str, set[str]] = {
     | {"autodiff", "data", "methods", "models", "objectives", "optimizers", "prefix", "protocol", "tasks"},
     "server": LEAVES
     | {"autodiff", "data", "methods", "models", "objectives", "optimizers", "prefix", "protocol", "slope_log", "tasks"},
+    "worker": LEAVES | {"autodiff", "client"},
     "launcher": LEAVES,
     "doctor": LEAVES | {"autodiff", "client", "methods", "models"},
-    "cli": LEAVES | {"doctor", "launcher", "server"},
+    "cli": LEAVES | {"doctor", "launcher", "server", "worker"},
 }
-MAY_IMPORT_FLOWER = {"protocol", "client", "server", "launcher", "data"}
+MAY_IMPORT_FLOWER = {"protocol", "client", "server", "launcher", "data", "worker"}
 FORBIDDEN_NAMES = {"utils", "common", "helpers", "core", "misc"}
 
 

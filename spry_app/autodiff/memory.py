@@ -59,9 +59,17 @@ def settle_allocator(own_pages_from: int = 128 << 10) -> bool:
 def return_freed_memory() -> None:
     """Give the pages of freed tensors back to the system; glibc's heap would keep them for the process's next step."""
     gc.collect()
+    torch.cuda.empty_cache()
     trim = _glibc("malloc_trim")
     if trim is not None:
         trim(0)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, or PyTorch's allocator of any device, had no more to give; on the CPU that is a RuntimeError."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        sentence in str(error) for sentence in ("can't allocate memory", "Cannot allocate memory")
+    )
 
 
 def _glibc(function: str) -> Callable[..., int] | None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from flwr.app import ArrayRecord, Context, Message, RecordDict
 
+from spry_app.autodiff.memory import is_out_of_memory, return_freed_memory
 from spry_app.client.catch_up import tensors_of
 from spry_app.client.node import Node, load_node
 from spry_app.client.slicing import most_at_once, slices_of
@@ -46,6 +47,11 @@ def _answer(work: Work) -> Answer:
             return work(node, message, method, config, context.state).to_message(message)
         except SpryError as error:
             return refusal(message, error)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        return_freed_memory()  # out of the handler: what it caught holds every tensor of the step
+        return refusal(message, _out_of_memory(context))
 
     return answer
 
@@ -74,6 +80,18 @@ def train(node: Node, message: Message, method: Method, config: RunConfig, state
 def evaluate(node: Node, message: Message, method: Method, config: RunConfig, state: RecordDict) -> Score:
     node.adapted.load_tensors(tensors_of(Task.from_message(message), node, method, config, state))
     return node.score(config.client)
+
+
+ANSWERS: dict[str, Answer] = {"introduce": introduce, "train": train, "evaluate": evaluate}
+
+
+def _out_of_memory(context: Context) -> SpryError:
+    budget = context.node_config.get("memory-budget-mib") or context.run_config.get("client.memory-budget-mib")
+    return SpryError(
+        f"This node was out of memory. Its budget for a step is {f'{budget} MiB' if budget else 'not set'}: set "
+        "client.memory-budget-mib (or the node config's memory-budget-mib) to less than is free beside the model, or "
+        '"auto", or lower client.batch-size.'
+    )
 
 
 def _frame(message: Message, config: RunConfig, state: RecordDict) -> Fixed | None:

@@ -102,6 +102,16 @@ def _load_node(
     return Node(adapted, encode(shard.train), encode(shard.heldout), start, index, memory_mib)
 
 
-def forget_nodes() -> None:
-    """Let go of all nodes: a process that serves one run after the other would keep the rows and models of each."""
+def models_loaded() -> int:
+    """How many models this process has loaded since it last forgot them."""
+    return _load_model.cache_info().misses
+
+
+def forget_nodes(models: bool = False) -> None:
+    """Let go of all nodes: a process that serves one run after the other would keep the rows and models of each.
+
+    models: of the model that they share too, as before a run that needs another.
+    """
     _load_node.cache_clear()
+    if models:
+        _load_model.cache_clear()

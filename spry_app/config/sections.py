@@ -159,6 +159,11 @@ class ClientConfig(Section):
     with what lies above its lowest block."""
     prefix_cache_disk_mib: int = Field(0, ge=0)
     """Disk, in the folder TMPDIR, for hidden states that do not fit in `prefix-cache-mib`."""
+    worker: Literal["auto", "off"] = "auto"
+    """"auto": on a SuperNode, one process keeps the model from one message to the next (`spry worker`), and is started
+    where there is none. "off" loads it for every message. A simulation's own processes keep it either way."""
+    worker_idle_s: float = Field(900.0, ge=0, allow_inf_nan=False)
+    """Seconds without a message after which a worker that was started by one ends; 0 for never."""
 
 
 class ServerConfig(Section):
