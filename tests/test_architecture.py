@@ -27,8 +27,9 @@ ALLOWED: dict[str, set[str]] = {
     "server": LEAVES
     | {"autodiff", "data", "methods", "models", "objectives", "optimizers", "prefix", "protocol", "slope_log", "tasks"},
     "launcher": LEAVES,
+    "deploy": LEAVES | {"launcher"},
     "doctor": LEAVES | {"autodiff", "client", "methods", "models"},
-    "cli": LEAVES | {"doctor", "launcher", "server"},
+    "cli": LEAVES | {"deploy", "doctor", "launcher", "server"},
 }
 MAY_IMPORT_FLOWER = {"protocol", "client", "server", "launcher", "data"}
 FORBIDDEN_NAMES = {"utils", "common", "helpers", "core", "misc"}
