@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 from spry_app.cli import app
 
 
-def deploy(folder: Path, *arguments: str, status: int = 0) -> str:
+def deploy(folder: Path, command: str, *arguments: str, status: int = 0) -> str:
     """What a `spry deploy` command says; `status`: how it must end."""
-    result = CliRunner().invoke(app, ["deploy", *arguments, "--folder", str(folder)])
+    result = CliRunner().invoke(app, ["deploy", command, "--folder", str(folder), *arguments])
     assert result.exit_code == status, result.output
     return " ".join((result.stdout if status == 0 else result.stderr).split())
 
