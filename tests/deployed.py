@@ -58,7 +58,9 @@ class Deployment:
             made.mkdir()
         self.port, self.door = free_port(), free_port()
         spry("server", HOST, "--superlink", f"{HOST}:{self.port}", "--folder", str(self.etc))
-        self.processes = Processes(environment(self.etc), folder / "empty")
+        # Polled as often as by default, unlike in a simulation: with TLS, and on two cores, ten times a second is much.
+        settings = environment(self.etc) | {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "1.0"}
+        self.processes = Processes(settings, folder / "empty")
         self.superlink = SuperLink(self.processes, self.logs)
 
     def moved(self, words: list[str], **values: str) -> list[str]:
