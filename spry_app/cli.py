@@ -10,9 +10,11 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from spry_app.deploy.commands import app as deploy
 from spry_app.errors import SpryError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="markdown")
+app.add_typer(deploy, name="deploy")
 
 
 @app.callback(invoke_without_command=True)

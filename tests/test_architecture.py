@@ -28,8 +28,9 @@ ALLOWED: dict[str, set[str]] = {
     | {"autodiff", "data", "methods", "models", "objectives", "optimizers", "prefix", "protocol", "slope_log", "tasks"},
     "worker": LEAVES | {"autodiff", "client"},
     "launcher": LEAVES,
+    "deploy": LEAVES | {"launcher"},
     "doctor": LEAVES | {"autodiff", "client", "methods", "models"},
-    "cli": LEAVES | {"doctor", "launcher", "server", "worker"},
+    "cli": LEAVES | {"deploy", "doctor", "launcher", "server", "worker"},
 }
 MAY_IMPORT_FLOWER = {"protocol", "client", "server", "launcher", "data", "worker"}
 FORBIDDEN_NAMES = {"utils", "common", "helpers", "core", "misc"}
