@@ -62,9 +62,14 @@ def register(folder: Folder, name: str) -> str:
 
 
 def registered(folder: Folder) -> list[Registered]:
+    """Those that are let in; Flower lists the removed ones too."""
     names = {_id(folder, name): name for name in folder.names()}
     listed = _flwr(folder, "list")["nodes"]
-    return [Registered(names.get(str(node["node-id"]), ""), str(node["node-id"]), node["status"]) for node in listed]
+    return [
+        Registered(names.get(str(node["node-id"]), ""), str(node["node-id"]), node["status"])
+        for node in listed
+        if node["status"] != "unregistered"
+    ]
 
 
 def remove(folder: Folder, name: str) -> str:
