@@ -180,7 +180,7 @@ class SpryStrategy(Strategy):
         if self.method.reply == "slopes":
             exact = {name: after[name] for name in sorted(self.state.exact)}
             self.recorder.slopes(entry, self.state.digest(), exact)
-        return to_arrays(after), MetricRecord({"train-loss": now.train_loss})
+        return to_arrays(after), MetricRecord({"train-loss": now.train_loss or 0.0})
 
     def pseudo_gradient(self, accepted: list[tuple[Task, TrainReply]]) -> Tensors:
         """Per tensor, the mean of the clients' changes over those that trained it, weighted by examples.
