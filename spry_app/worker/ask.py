@@ -16,7 +16,7 @@ from spry_app.worker.wire import PATIENCE_S, Bodies, Header, WireError, WrongKey
 
 ANOTHER_LIVES = 75
 """Exit status of a worker that found another one in its place (EX_TEMPFAIL)."""
-START_S = 60.0
+START_S = 180.0
 """How long a worker may take until it listens; it does so before it imports anything large."""
 _PAUSE_S = 0.02
 _LONGEST_LOG = 4 << 20

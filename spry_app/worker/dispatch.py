@@ -32,7 +32,7 @@ def answer(action: Action, message: Message, context: Context) -> Message:
         return ANSWERS[action](message, context)
     job = {"do": action, "code": code_of(context)}
     bodies = [message_to_proto(message).SerializeToString(), context_to_proto(context).SerializeToString()]
-    header, answered = ask(place, job, bodies, str(ROOT), float(context.run_config.get("client.worker-idle-s", 0)))
+    header, answered = ask(place, job, bodies, str(ROOT), float(context.run_config.get("client.worker-idle-s", 900.0)))
     if "error" in header:
         raise WorkerFailed(f"{header['error']} (in the worker of this node; its log: {place.log})")
     content, state = (recorddict_from_proto(ProtoRecordDict.FromString(body)) for body in answered)

@@ -23,7 +23,7 @@ Work = Callable[[Header, Bodies], tuple[Header, Bodies]]
 MIB = 2**20
 MOST_WAITING = 16
 MOST_CALLERS = 32
-HANDSHAKE_S = 5.0
+HANDSHAKE_S = 30.0
 logger = logging.getLogger(__name__)
 
 
