@@ -1,5 +1,6 @@
 """The resident worker as a process: what it keeps, when it reloads, what happens when it dies or has no memory."""
 
+import importlib
 import json
 import os
 import resource
@@ -19,11 +20,11 @@ import pytest
 from federation import Federation, make_checkpoint, same, tiny_run
 from flwr.app import Message
 
-import spry_app
 from benchmarks.local_grid import LocalGrid
 from spry_app.config import RunConfig
 from spry_app.errors import SpryError
 from spry_app.protocol import Task, introduction_request, refusal_reason
+from spry_app.worker import dispatch
 from spry_app.worker.ask import ask, health
 from spry_app.worker.dispatch import ROOT, code_here, worker_of
 from spry_app.worker.place import Place, default_place
@@ -47,7 +48,7 @@ def node(home: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     """This process passes for one that a SuperNode has started."""
     monkeypatch.setenv("FLWR_HOME", str(home))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setitem(sys.modules, CLIENT_PROCESS, spry_app)
+    monkeypatch.setattr(dispatch, "called_by_supernode", lambda: True)
     return default_place()
 
 
@@ -93,7 +94,8 @@ def test_a_client_process_answers_without_torch(tmp_path: Path, node: Place) -> 
     made = Federation(tmp_path / "run", tiny_run(tmp_path))
     code = f"""
 import sys
-import flwr.supernode.runtime.run_clientapp
+import {CLIENT_PROCESS} as caller
+exec("def call(app, *arguments): return app(*arguments)", vars(caller))  # as if it stood there
 from flwr.app import Context, RecordDict
 from benchmarks.local_grid import identify
 identify()
@@ -102,7 +104,8 @@ from flwr.app import ConfigRecord, Message
 asked = ConfigRecord({{"fingerprint": {made.adapted.fingerprint!r}}})
 request = Message(RecordDict({{"config": asked}}), 1, "query.introduce")
 own = {{"partition-id": 0, "num-partitions": 2}}
-reply = app(request, Context(run_id=1, node_id=1, node_config=own, state=RecordDict(), run_config={made.run_config!r}))
+context = Context(run_id=1, node_id=1, node_config=own, state=RecordDict(), run_config={made.run_config!r})
+reply = caller.call(app, request, context)
 print(dict(reply.content["introduction"])["examples"], "torch" in sys.modules, "transformers" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -222,6 +225,7 @@ def test_who_answers(home: Path, node: Place, monkeypatch: pytest.MonkeyPatch) -
     assert asked({"worker": "/run/spry/w.sock"}) == Place(Path("/run/spry/w.sock"))
     assert asked({"worker": "off"}) is None
     assert asked({}, **{"client.worker": "off"}) is None
-    monkeypatch.delitem(sys.modules, CLIENT_PROCESS)
+    monkeypatch.undo()
+    importlib.import_module(CLIENT_PROCESS)  # that it was imported is not that it calls
     assert asked({}) is None  # a simulation, or a process of ours
     assert asked({"worker": "/run/spry/w.sock"}) is None

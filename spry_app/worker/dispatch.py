@@ -3,6 +3,7 @@
 import hashlib
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import Literal
 
 from flwr.app import Context, Message
@@ -14,7 +15,7 @@ from spry_app.worker.place import Place, default_place
 
 Action = Literal["introduce", "train", "evaluate"]
 ROOT = Path(__file__).resolve().parent.parent.parent
-_CLIENT_PROCESS = "flwr.supernode.runtime.run_clientapp"
+_CALLER = "flwr.supernode.runtime.run_clientapp"
 """What Flower 1.41 calls a ClientApp from in a process that a SuperNode has started for one message. In a simulation
 that is ray_transport.ray_actor, in an actor which lives as long as the run; node configs look alike in both."""
 
@@ -45,9 +46,19 @@ def worker_of(context: Context) -> Place | None:
     that a SuperNode starts for each, and there where the run (client.worker) or the node (worker) says "off".
     """
     own = str(context.node_config.get("worker", ""))
-    if _CLIENT_PROCESS not in sys.modules or "off" in (own, context.run_config.get("client.worker")):
+    if not called_by_supernode() or "off" in (own, context.run_config.get("client.worker")):
         return None
     return Place(Path(own).expanduser().absolute()) if own else default_place()
+
+
+def called_by_supernode() -> bool:
+    """Whether this is a process of one message: its caller is on the stack. That a module of Flower's was imported says
+    nothing, as others do that too.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__") != _CALLER:
+        frame = frame.f_back
+    return frame is not None
 
 
 def code_of(context: Context) -> str:
