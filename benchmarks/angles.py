@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from benchmarks.one_round import Seen
+from spry_app.methods.noise import RELATIVE_NOISE
 from spry_app.protocol import Tensors
 
 
@@ -42,14 +43,14 @@ def relative_square(
     """E|mean estimate|^2 / |g|^2, of which 1 is the gradient and the rest is noise.
 
     Each of `holders` of the `clients` perturbs the same `dimension` numbers (d) along K `directions`. unlike: see
-    `unlikeness`. Alike clients: (d + 1) / (K holders) of noise with Gaussian directions; (d - K holders) / (K holders)
-    with orthogonal ones, of which the holders take disjoint parts, and none where these fill the frame. Unlike ones add
-    that not every client measures every number: the variance of a mean of some, drawn without replacement.
+    `unlikeness`. Alike clients have the noise of methods.noise for K holders directions in all. Unlike ones add that
+    not every client measures every number: the variance of a mean of some, drawn without replacement.
     """
     among = (unlike - 1) * clients / (clients - 1) if clients > 1 else 0.0
     measured = directions * holders
+    noise = RELATIVE_NOISE[kind](dimension, measured)
     if kind == "gaussian":
-        return 1 + among * (1 / holders - 1 / clients) + unlike * (dimension + 1) / measured
+        return 1 + among * (1 / holders - 1 / clients) + unlike * noise
     if measured < dimension:
-        return unlike * dimension / measured
+        return unlike * (1 + noise)
     return 1 + among * max(0.0, dimension / measured - 1 / clients)

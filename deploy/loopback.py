@@ -50,8 +50,9 @@ def main() -> int:
         print(f"{error}\nLogs: {shutil.copytree(logs, kept / 'logs', dirs_exist_ok=True)}", file=sys.stderr)
         return 1
     finally:
-        for home in folder.glob("node-*"):
-            default_place(home).stop()  # workers outlive the SuperNodes whose messages started them
+        # Workers outlive the SuperNodes whose messages started them.
+        stopped = sum([default_place(home).stop() for home in folder.glob("node-*")])
+        print(f"Stopped {stopped} workers")
         shutil.rmtree(folder, ignore_errors=True)
     print(f"Completed: {kept}")
     return 0

@@ -74,6 +74,7 @@ def test_a_greedy_client_is_counted_and_moves_the_model_no_further_than_the_boun
         moved = {name: after[name] - before[name] for name in after}
     # A mean over clients is no longer than the longest; a tensor that one client alone has may add its own length.
     assert math.sqrt(sum(float(move.square().sum()) for move in moved.values())) <= 0.01 * math.sqrt(CLIENTS) + 1e-6
+    assert max(float(value.abs().max()) for value in after.values()) < 10
     free = Federation(tmp_path / "free", run_config | keys | {"server.max-slope": 0.0, "server.max-update-norm": 0.0})
     free.start(CLIENTS, rounds=1, tamper=greedy)
     assert max(float(value.abs().max()) for value in free.strategy.snapshot().values()) > 1e3

@@ -60,6 +60,7 @@ def test_two_nodes_with_data_of_their_own_train_one_model(tmp_path: Path, tempor
     settings = {"data.test": str(test), "assign": "by-depth"}
     done = deploy(tmp_path, temporary, files, "--memory-mib", "4000", "64", **settings)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "Stopped 2 workers" in done.stdout  # every message of a node went to one
     (run,) = (tmp_path / "outputs").iterdir()
     result = json.loads((run / "result.json").read_text())
     assert result["accuracy-after"] > max(0.8, result["accuracy-before"])

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 
 import numpy as np
+import numpy.typing as npt
 
 from spry_app.autodiff.gaussian import Singles
 from spry_app.autodiff.random_words import generator
@@ -16,9 +17,9 @@ class Frame:
 
     The frame is sqrt(d) times a product of orthogonal matrices: two Walsh-Hadamard transforms over n values, n the
     largest power of two up to d, of which one takes the first n of the d and one the last, and random signs after each.
-    Its columns begin at a random one, so that each of them is equally likely to be the first, and E[v v^T] = I for
-    whichever is taken. An estimate of a gradient along K of them then has the relative squared error (d - K) / K, where
-    Gaussian directions have (d + 1) / K (and the mean of s^2 v v^T for slope s stays unbiased).
+    Its columns begin at a random one, so that whichever is taken E[v v^T] = I. The mean of slope * column over K of
+    them is an unbiased estimate of a gradient with the relative squared error (d - K) / K, where Gaussian directions
+    have (d + 1) / K.
 
     A sum of any number of columns takes 2 d log2(d) additions; numpy does them one rounded operation at a time.
     """
@@ -27,7 +28,7 @@ class Frame:
         words = generator(coordinates, b"spry frame")
         self.dimension = dimension
         self._first = int(words.random_raw() % np.uint64(dimension))
-        self._signs = [_signs(words, dimension) for _ in range(2)]
+        self._signs = [signs(words, dimension) for _ in range(2)]
 
     def columns(self, weights: Mapping[int, float]) -> Singles:
         """Sum of weight * column, shape (d,). Numbers of columns count on from d as from 0 again."""
@@ -36,15 +37,16 @@ class Frame:
         for number, weight in weights.items():
             values[(self._first + number) % d] += np.float32(weight)
         n = 1 << (d.bit_length() - 1)
-        for part, signs in zip((slice(0, n), slice(d - n, d)), self._signs, strict=True):
+        for part, turned in zip((slice(0, n), slice(d - n, d)), self._signs, strict=True):
             values[part] = _walsh_hadamard(values[part])
-            values *= signs
+            values *= turned
         return np.multiply(values, np.float32(math.sqrt(d)), out=values)
 
 
-def _signs(words: np.random.Philox, count: int) -> Singles:
+def signs(words: np.random.Philox, count: int) -> npt.NDArray[np.int8]:
+    """The next `count` of them, +1 or -1."""
     bits = np.unpackbits(words.random_raw(-(-count // 64)).astype("<u8").view(np.uint8), count=count)
-    return np.subtract(1, np.multiply(bits, np.int8(2), dtype=np.int8), dtype=np.float32)
+    return np.subtract(1, np.multiply(bits, np.int8(2), dtype=np.int8), dtype=np.int8)
 
 
 def _walsh_hadamard(values: Singles) -> Singles:

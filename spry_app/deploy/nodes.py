@@ -11,9 +11,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from spry_app.deploy.files import Folder, read, write
 from spry_app.errors import SpryError
-from spry_app.launcher.logs import plain
 from spry_app.launcher.processes import Processes
-from spry_app.launcher.superlink import environment
+from spry_app.launcher.superlink import answer_of, environment, reason_of
 
 _PATIENCE_S = 120.0
 
@@ -94,14 +93,9 @@ def _flwr(folder: Folder, *arguments: str) -> dict[str, Any]:
     read(folder.connection, "spry deploy server")
     processes = Processes(environment(folder.root.resolve()), folder.root)
     try:
-        said = processes.call(["flwr", "supernode", *arguments, "--format", "json"], _PATIENCE_S)
+        answer = answer_of(processes.call(["flwr", "supernode", *arguments, "--format", "json"], _PATIENCE_S))
     except subprocess.TimeoutExpired:
         raise SpryError(f"The SuperLink of {folder.connection} did not answer within {_PATIENCE_S:.0f} s.") from None
-    try:
-        answer = dict(json.loads(said))
-    except ValueError:
-        answer = {"error-message": plain(said)}
     if not answer.get("success"):
-        reason = str(answer.get("error-message", answer)).strip().splitlines()[-1]
-        raise SpryError(f"The SuperLink of {folder.connection} says no: {reason}")
+        raise SpryError(f"The SuperLink of {folder.connection} says no: {reason_of(answer)}")
     return answer

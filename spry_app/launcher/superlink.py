@@ -98,8 +98,7 @@ class SuperLink:
                 command += [f"--{option}", str(write_settings(self._logs / f"{option}.toml", values))]
         answer = self._flwr(command)
         if not answer.get("run-id"):
-            reason = str(answer.get("error-message", answer)).strip().splitlines()[-1]
-            raise SpryError(f"Flower did not accept the app in {app}: {reason}")
+            raise SpryError(f"Flower did not accept the app in {app}: {reason_of(answer)}")
         return str(answer["run-id"])
 
     def status(self, run_id: str) -> Outcome:
@@ -132,11 +131,20 @@ class SuperLink:
             connection.close()
 
     def _flwr(self, command: list[str]) -> dict[str, Any]:
-        text = self._processes.call(command)
-        try:
-            return dict(json.loads(text))
-        except ValueError:
-            return {"error-message": plain(text)}
+        return answer_of(self._processes.call(command))
+
+
+def answer_of(text: str) -> dict[str, Any]:
+    """What `flwr` said with --format json; in "error-message" where it did not keep to that."""
+    try:
+        return dict(json.loads(text))
+    except ValueError:
+        return {"error-message": plain(text)}
+
+
+def reason_of(answer: Mapping[str, Any]) -> str:
+    """The last line of why it says no."""
+    return str(answer.get("error-message", answer)).strip().splitlines()[-1]
 
 
 def write_settings(path: Path, values: Mapping[str, Scalar]) -> Path:

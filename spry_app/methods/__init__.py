@@ -49,7 +49,9 @@ METHODS: dict[str, Method] = {
 
 
 def get_method(config: RunConfig) -> Method:
-    """The Method of a run: `method` names it; others replace one choice of its row each."""
+    """The Method of a run: `method` names it; `gradient`, `assign`, `directions`, `send` and `server.optimizer` replace
+    one choice of its row each.
+    """
     changes: dict[str, Any] = {}
     if config.gradient:
         changes |= {"gradient": GRADIENTS[config.gradient], "fit": as_it_is}

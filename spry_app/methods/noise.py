@@ -19,7 +19,7 @@ MOSTLY_NOISE = 0.1
 
 _ROUNDING = 1e-9
 
-RELATIVE_NOISE: dict[str, Callable[[int, float], float]] = {
+RELATIVE_NOISE: dict[str, Callable[[float, float], float]] = {
     "gaussian": lambda d, n: (d + 1) / n,
     "orthogonal": lambda d, n: max(0.0, d / n - 1),
 }

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from spry_app.autodiff import gaussian
+from spry_app.autodiff import gaussian, orthogonal
 from spry_app.autodiff.directions import Tensors
 from spry_app.autodiff.random_words import generator
 
@@ -20,54 +20,37 @@ Words = npt.NDArray[np.uint64]
 SMALL = 1024
 """A matrix with a side up to this has its exact singular vectors; a larger one those of a projection."""
 OVERSAMPLING, POWERS = 16, 4
+_PURPOSE = b"spry subspace"
 
 
 def words(coordinates: str, count: int) -> Words:
     """Random 64-bit words, equal for equal coordinates, on every machine."""
-    return generator(coordinates, b"spry subspace").random_raw(count)
+    return generator(coordinates, _PURPOSE).random_raw(count)
 
 
 def signs(coordinates: str, count: int) -> npt.NDArray[np.int8]:
     """+1 or -1."""
-    bits = np.unpackbits(words(coordinates, -(-count // 64)).astype("<u8").view(np.uint8), count=count)
-    return np.subtract(1, 2 * bits.astype(np.int8), dtype=np.int8)
+    return orthogonal.signs(generator(coordinates, _PURPOSE), count)
 
 
 def frame(dimension: int, count: int, coordinates: str) -> Tensor:
-    """Orthonormal rows, shape (count, dimension), fp32; count is at most dimension.
-
-    Columns of a product of two Walsh-Hadamard transforms over n values, n the largest power of two up to the dimension,
-    one of the first n and one of the last, with random signs after each. Every number comes from rounded sums and
-    products alone, one at a time, so that no machine differs.
-    """
+    """Orthonormal rows, shape (count, dimension), fp32, the same bits on every machine; count is at most dimension."""
     assert 1 <= count <= dimension, (count, dimension)
-    n = 1 << (dimension.bit_length() - 1)
-    values = np.eye(count, dimension, dtype=np.float64)
-    for turn, part in enumerate((slice(0, n), slice(dimension - n, dimension))):
-        values[:, part] = _walsh_hadamard(values[:, part])
-        np.multiply(values, signs(f"{coordinates} {turn}", dimension), out=values)
-    return torch.from_numpy(values.astype(np.float32))
-
-
-def _walsh_hadamard(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Orthogonal, of each row; their length must be a power of two."""
-    count, n = rows.shape
-    half = 1
-    while half < n:
-        pairs = rows.reshape(count, -1, 2, half)
-        rows = np.stack([pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]], axis=2)
-        half *= 2
-    return np.multiply(rows.reshape(count, n), math.sqrt(1 / n))
+    whole, length = orthogonal.Frame(f"subspace {coordinates}", dimension), 1 / math.sqrt(dimension)
+    return torch.from_numpy(np.stack([whole.columns({number: length}) for number in range(count)]))
 
 
 def hadamard(size: int) -> Tensor:
     """The Walsh-Hadamard matrix of +1 and -1; size must be a power of two."""
-    return torch.from_numpy((_walsh_hadamard(np.eye(size)) * math.sqrt(size)).round().astype(np.float32))
+    matrix = torch.ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), matrix)
+    return matrix
 
 
 def normals(coordinates: str, shape: torch.Size) -> Tensor:
     """N(0, 1), fp32, the same bits on every machine."""
-    drawn = gaussian.normals(generator(coordinates, b"spry subspace"), shape.numel())
+    drawn = gaussian.normals(generator(coordinates, _PURPOSE), shape.numel())
     return torch.from_numpy(drawn).view(shape)
 
 
