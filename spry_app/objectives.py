@@ -1,15 +1,17 @@
 """A model, a task and some rows, as a function of the trainable tensors; and its score. Used by client and server."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
 
 from spry_app.autodiff.directions import Seed, Tensors
-from spry_app.autodiff.slopes import Halves, Objective, Part
+from spry_app.autodiff.gradients import Gradient
+from spry_app.autodiff.slopes import Halves, Objective, Part, forward_mode
 from spry_app.autodiff.transfer import onto
 from spry_app.models import AdaptedModel, Entering
+from spry_app.prefix import may_start_at
 from spry_app.protocol import Score
 from spry_app.tasks import classification
 from spry_app.tasks.classification import Encoded
@@ -42,12 +44,13 @@ def halves(
     """
     inputs = rows.batch(indices)
     labels = inputs.pop("labels")
+    depth = max(cut, entering.depth) if entering else cut
 
-    def lower(params: Tensors) -> Entering:
-        return adapted.prefix(inputs, cut, params, _masks(seed), entering)
+    def lower(params: Tensors) -> Tensor:
+        return adapted.prefix(inputs, cut, params, _masks(seed), entering).hidden
 
-    def upper(params: Tensors, hidden: Entering) -> Tensor:
-        logits = adapted.logits(params, inputs, dropout=_masks(seed, 1), entering=hidden)
+    def upper(params: Tensors, hidden: Tensor) -> Tensor:
+        logits = adapted.logits(params, inputs, dropout=_masks(seed, 1), entering=Entering(depth, hidden))
         return classification.loss(logits, onto(labels, logits.device))
 
     return Halves(lower, upper)
@@ -77,6 +80,21 @@ def batch_of(
         )
         for part, start in zip(slices, starts, strict=True)
     ]
+
+
+def head_cut(
+    gradient: Gradient, adapted: AdaptedModel, rows: Encoded, exact: Collection[str], trained: Collection[str]
+) -> int | None:
+    """The block number of the head, if a step may be cut there for tensors whose gradient is `exact` (exact.py).
+
+    None unless `gradient` is by forward mode, some other of the tensors `trained` is in a block, and passes may begin
+    at the head.
+    """
+    if gradient.slopes is not forward_mode or not exact:
+        return None
+    top, depths = len(adapted.blocks), adapted.depths()
+    inside = any(depths[name] < top for name in trained if name not in exact)
+    return top if inside and may_start_at(adapted, rows, top) else None
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": LEAVES,
     "tasks": LEAVES,
     "methods": LEAVES | {"autodiff", "optimizers", "slope_log"},
-    "objectives": {"autodiff", "models", "protocol", "tasks"},
+    "objectives": {"autodiff", "models", "prefix", "protocol", "tasks"},
     "prefix": {"models", "tasks"},
     "client": LEAVES
     | {"autodiff", "data", "methods", "models", "objectives", "optimizers", "prefix", "protocol", "tasks"},

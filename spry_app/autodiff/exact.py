@@ -1,13 +1,15 @@
 """Exact gradients for a few tensors near the loss, slopes for the rest. Which tensors those are is not decided here."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 
 import torch
+from torch import Tensor
 
 from spry_app.autodiff.costs import Cost
-from spry_app.autodiff.directions import Seed, Tensors
+from spry_app.autodiff.directions import Seed, Tensors, direction
+from spry_app.autodiff.duals import wide
 from spry_app.autodiff.gradients import GRADIENTS, Estimate, Gradient
-from spry_app.autodiff.slopes import Batch, Halves, Part
+from spry_app.autodiff.slopes import Batch, Halves, Part, chunks, forward_mode, mean_of, numbers, with_tangents
 
 
 def estimate_with_exact(
@@ -18,15 +20,23 @@ def estimate_with_exact(
     seed: Seed,
     directions: int,
     at_once: int = 1,
+    cut: int | None = None,
 ) -> Estimate:
     """`gradient` for the tensors of `params` that are not in `exact`, backpropagation for those that are.
 
-    Only tensors between `exact` and the loss are kept for the backward pass, so for a classification head this costs
-    one forward pass and no stored activations of the network. The slopes are along directions of the rest alone: the
-    exact tensors add nothing to the variance of the estimate, which grows with the number of perturbed values.
+    Only tensors between `exact` and the loss are kept for the backward pass, so for a classification head this stores
+    no activations of the network. The slopes are along directions of the rest alone: the exact tensors add nothing to
+    the variance of the estimate, which grows with the number of perturbed values.
+
+    cut: number of a block below which all parts may be cut, and which is above a tensor of the rest and below all of
+    `exact`. Forward mode, and it alone, then gives both from the same passes. None: one forward pass more.
     """
     known = {name: value for name, value in params.items() if name in exact}
     rest = {name: value for name, value in params.items() if name not in exact}
+    if cut is not None and known and rest:
+        assert gradient.slopes is forward_mode, gradient.name
+        shared = _from_the_same_passes(gradient, batch, rest, known, cut, seed, directions, at_once)
+        return Estimate(shared.loss, {name: shared.gradient[name] for name in params}, shared.slopes, shared.cost)
     parts = [
         estimator.estimate(_holding(batch, fixed), free, seed, directions, at_once)
         for estimator, free, fixed in (
@@ -42,18 +52,73 @@ def estimate_with_exact(
     return Estimate(parts[-1].loss, {name: merged[name] for name in params}, parts[-1].slopes, cost)
 
 
+def _from_the_same_passes(
+    gradient: Gradient,
+    batch: Batch,
+    rest: Tensors,
+    known: Tensors,
+    cut: int,
+    seed: Seed,
+    directions: int,
+    at_once: int,
+) -> Estimate:
+    """Forward mode up to the cut, where hidden states h have tangents h' along v; from the loss back to there.
+
+    A slope is then <dL/dh, h'> + <dL/dw, v> (the chain rule; the second term is of what of the rest w lies above the
+    cut), and what is known exactly is on the way.
+    """
+    losses, slopes = list[Tensor](), list[Tensor]()
+    total = {name: torch.zeros_like(tensor, dtype=torch.float32) for name, tensor in known.items()}
+    for chunk in chunks((direction(seed, k, rest) for k in range(directions)), at_once):
+        of_parts = [_through(part, cut, rest, known, chunk) for part in batch]
+        if not losses:  # every chunk has the same
+            for part, (_, _, grads) in zip(batch, of_parts, strict=True):
+                for name, grad in grads.items():
+                    total[name].add_(grad.cpu(), alpha=part.weight)
+        losses.append(mean_of(batch, [loss for loss, _, _ in of_parts]))
+        slopes += mean_of(batch, [slope for _, slope, _ in of_parts]).unbind()
+    loss, values = numbers(losses[:1], slopes)
+    estimated = gradient.combine(values, seed, rest)
+    return Estimate(loss, estimated | total, tuple(values), gradient.cost(directions, at_once))
+
+
+def _through(
+    part: Part, cut: int, rest: Tensors, known: Tensors, directions: Sequence[Tensors]
+) -> tuple[Tensor, Tensor, Tensors]:
+    """The loss of one part, its slopes along n directions of the rest, shape (n,), the gradient of what is known."""
+    assert part.halves is not None, "the objective cannot be cut"
+    halves = part.halves(cut)
+    hidden, tangents = with_tangents(_fixing(halves.lower, known), rest, directions)
+    loss, back, above = _back_to(hidden, halves, rest, known)
+    slopes = wide(tangents).flatten(1) @ wide(back).flatten()
+    for name, grad in above.items():
+        if name in rest:
+            slopes += torch.stack([(v[name].to(grad) * grad).sum() for v in directions])
+    return loss, slopes, {name: grad for name, grad in above.items() if name in known}
+
+
+def _back_to(hidden: Tensor, halves: Halves, rest: Tensors, known: Tensors) -> tuple[Tensor, Tensor, Tensors]:
+    """The loss, its gradient with respect to hidden states at the cut, and those of the tensors that are above it."""
+    start = hidden.detach().requires_grad_(True)
+    leaves = {name: tensor.detach().requires_grad_(True) for name, tensor in (rest | known).items()}
+    with torch.enable_grad():
+        loss = halves.upper(leaves, start)
+    back, *grads = torch.autograd.grad(loss, [start, *leaves.values()], allow_unused=True)
+    above = {name: grad for name, grad in zip(leaves, grads, strict=True) if grad is not None}
+    return loss.detach(), back, above
+
+
+def _fixing(function: Callable[[Tensors], Tensor], fixed: Tensors) -> Callable[[Tensors], Tensor]:
+    return lambda free: function(fixed | free)
+
+
 def _holding(batch: Batch, fixed: Tensors) -> Batch:
     def hold(part: Part) -> Part:
-        def objective(free: Tensors) -> torch.Tensor:
-            return part.objective(fixed | free)
-
         def halves(cut: int) -> Halves:
             assert part.halves is not None
             whole = part.halves(cut)
-            return Halves(
-                lambda free: whole.lower(fixed | free), lambda free, hidden: whole.upper(fixed | free, hidden)
-            )
+            return Halves(_fixing(whole.lower, fixed), lambda free, hidden: whole.upper(fixed | free, hidden))
 
-        return Part(objective, part.weight, halves if part.halves else None)
+        return Part(_fixing(part.objective, fixed), part.weight, halves if part.halves else None)
 
     return [hold(part) for part in batch]

@@ -5,7 +5,7 @@ what is done with the slopes.
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.autograd.forward_ad as fwAD
@@ -25,13 +25,10 @@ class ForwardModeError(RuntimeError):
 
 @dataclass(frozen=True)
 class Halves:
-    """An objective cut in two: loss = upper(tensors, lower(tensors)), each deterministic.
+    """An objective cut in two: loss = upper(tensors, lower(tensors)), each deterministic. Hidden states go on."""
 
-    lower: what goes on at the cut, in whatever form upper takes it.
-    """
-
-    lower: Callable[[Tensors], Any]
-    upper: Callable[[Tensors, Any], Tensor]
+    lower: Callable[[Tensors], Tensor]
+    upper: Callable[[Tensors, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -70,46 +67,53 @@ def forward_mode(
     tensor. A direction may leave out tensors, which then stay put. Raises ForwardModeError where the loss has no
     tangent.
     """
-    if torch.is_inference_mode_enabled():
-        raise ForwardModeError(
-            "forward mode was called under torch.inference_mode(), which drops every tangent without a word; "
-            "use torch.no_grad() instead"
-        )
     losses: list[Tensor] = []
     slopes: list[Tensor] = []
-    for chunk in _chunks(directions, at_once):
-        measure = _one if len(chunk) == 1 else _together
-        with torch.no_grad(), ForwardRules():
-            pairs = [measure(part.objective, params, chunk) for part in batch]
+    for chunk in chunks(directions, at_once):
+        pairs = [with_tangents(part.objective, params, chunk) for part in batch]
         losses.append(mean_of(batch, [loss for loss, _ in pairs]))
         slopes += mean_of(batch, [tangents for _, tangents in pairs]).unbind()
     return numbers(losses[:1], slopes)
 
 
-def _one(objective: Objective, params: Tensors, directions: Sequence[Tensors]) -> tuple[Tensor, Tensor]:
-    """The loss and its tangent along the only direction, shape (1,)."""
+def with_tangents(function: Objective, params: Tensors, directions: Sequence[Tensors]) -> tuple[Tensor, Tensor]:
+    """The value of `function`, which need not be a scalar, and its tangents along n directions, shape (n, *value's).
+
+    They share a pass. Raises ForwardModeError, see `forward_mode`.
+    """
+    if torch.is_inference_mode_enabled():
+        raise ForwardModeError(
+            "forward mode was called under torch.inference_mode(), which drops every tangent without a word; "
+            "use torch.no_grad() instead"
+        )
+    with torch.no_grad(), ForwardRules():
+        return (_one if len(directions) == 1 else _together)(function, params, directions)
+
+
+def _one(function: Objective, params: Tensors, directions: Sequence[Tensors]) -> tuple[Tensor, Tensor]:
     (direction,) = directions
     with fwAD.dual_level():
         duals = {name: _with_tangent(tensor, direction.get(name)) for name, tensor in params.items()}
-        loss, tangent = _loss_and_tangent(objective(duals))
-    return loss, tangent.unsqueeze(0)
+        value, tangent = _value_and_tangent(function(duals))
+    return value, tangent.unsqueeze(0)
 
 
-def _together(objective: Objective, params: Tensors, directions: Sequence[Tensors]) -> tuple[Tensor, Tensor]:
-    """The loss and its tangents along n directions of the same tensors, shape (n,): one primal, n tangents."""
+def _together(function: Objective, params: Tensors, directions: Sequence[Tensors]) -> tuple[Tensor, Tensor]:
+    """One primal, n tangents."""
     moving = {name: params[name].detach() for name in directions[0]}
     still = {name: tensor for name, tensor in params.items() if name not in moving}
     stacked = {name: torch.stack([v[name].to(tensor) for v in directions]) for name, tensor in moving.items()}
 
     def along(tangents: Tensors) -> tuple[Tensor, Tensor]:
-        loss, tangent, *_ = torch.func.jvp(lambda own: objective(still | own), (moving,), (tangents,))
-        return loss, tangent
+        value, tangent, *_ = torch.func.jvp(lambda own: function(still | own), (moving,), (tangents,))
+        return value, tangent
 
     both: tuple[Tensor, Tensor] = torch.func.vmap(along, randomness="same")(stacked)
     return both[0][0], both[1]
 
 
-def _chunks(directions: Iterable[Tensors], size: int) -> Iterator[list[Tensors]]:
+def chunks(directions: Iterable[Tensors], size: int) -> Iterator[list[Tensors]]:
+    """So many at a time, each drawn when its turn comes."""
     iterator = iter(directions)
     while chunk := list(itertools.islice(iterator, size)):
         yield chunk
@@ -162,8 +166,8 @@ def _with_tangent(tensor: Tensor, tangent: Tensor | None) -> Tensor:
     return dual(tensor.detach(), None if tangent is None else tangent.to(tensor))
 
 
-def _loss_and_tangent(loss: Tensor) -> tuple[Tensor, Tensor]:
-    primal, tangent = split(loss)
+def _value_and_tangent(value: Tensor) -> tuple[Tensor, Tensor]:
+    primal, tangent = split(value)
     if tangent is None:
         raise ForwardModeError(
             "the loss has no tangent: either it does not depend on the perturbed tensors, or a module on the way lost "

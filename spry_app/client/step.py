@@ -10,7 +10,7 @@ from spry_app.autodiff.gradients import Estimate, Gradient
 from spry_app.autodiff.workspace import workspace
 from spry_app.client.node import Node
 from spry_app.models import Entering
-from spry_app.objectives import batch_of
+from spry_app.objectives import batch_of, head_cut
 from spry_app.prefix import PrefixCache
 
 
@@ -46,9 +46,10 @@ class Step:
                 kept.append((len(part), start.depth / len(self.node.adapted.blocks) if start else 0.0))
             return starts
 
+        cut = head_cut(self.gradient, self.node.adapted, self.node.train, self.exact, tensors)
         with workspace(self.slices.workspace_bytes):
             batch = batch_of(self.node.adapted, self.node.train, rows, self.slices.micro_batch, seed, entering)
             estimate = estimate_with_exact(
-                self.gradient, batch, tensors, self.exact, seed, self.directions, self.slices.directions_at_once
+                self.gradient, batch, tensors, self.exact, seed, self.directions, self.slices.directions_at_once, cut
             )
         return estimate, sum(examples * estimate.cost.forwards(self.suffix, part) for examples, part in kept)

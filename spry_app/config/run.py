@@ -58,8 +58,9 @@ class RunConfig(Section):
     head: Literal["shared", "split"] = "shared"
     """The classification head goes to every client, or is dealt like any other unit."""
     head_gradient: Literal["exact", "forward"] = "exact"
-    """The head's gradient where the method uses slopes: by a backward pass through the head alone (one more forward
-    pass, nothing else stored), or perturbed like every other unit, as SPRY was published."""
+    """The head's gradient where the method uses slopes: by a backward pass through the head alone, which stores nothing
+    of the network (from the passes of the slopes; with differences, and where a model's blocks are no plain sequence,
+    from one forward pass more), or perturbed like every other unit, as SPRY was published."""
     num_server_rounds: Count = 40
     seed: int = Field(0, ge=0, lt=2**63)
     output_dir: str = Field("outputs", min_length=1)

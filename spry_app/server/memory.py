@@ -11,7 +11,7 @@ from spry_app.config import RunConfig
 from spry_app.methods import Method
 from spry_app.methods.replay import exact_names
 from spry_app.models import AdaptedModel
-from spry_app.objectives import batch_of
+from spry_app.objectives import batch_of, head_cut
 from spry_app.tasks.classification import Encoded
 
 
@@ -32,6 +32,7 @@ def step_peaks(adapted: AdaptedModel, rows: Encoded, config: RunConfig, method: 
             seed,
             client.directions,
             client.directions_at_once,
+            head_cut(gradient, adapted, rows, exact, tensors),
         )
         return peak_mib(step, adapted.device)
 
