@@ -78,7 +78,7 @@ ROWS: Rows = {
     "lora backprop (all linear)": Variant({**BACKPROP, **ADAPTERS["lora (all linear)"]}),
     "lora fedavg": Variant({"method": "fedavg"}),
     "backprop (same adapter)": Variant({**BACKPROP, **ADAPTERS[DEFAULT_ADAPTER]}),
-    "spry as published": Variant({"method": "spry", "head-gradient": "forward", **_directions(1), **_ONE_RATE}),
+    "spry as published": Variant({"preset": "spry-paper", "method": "spry", **_directions(1), **_ONE_RATE}),
     "spry per iteration": Variant({"method": "spry-per-iteration", **_directions(1), **PER_STEP}),
     "fedmezo": Variant({"method": "fedmezo", **_directions(1)}),
     "decomfl": Variant({"method": "decomfl", "client.optimizer": "sgd", **_directions(8)}),
