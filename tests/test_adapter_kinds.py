@@ -22,7 +22,8 @@ from spry_app.models.adapter import KINDS
 from spry_app.models.quantized import pass_tangents
 from spry_app.models.units import depths
 
-NEW = ["ia3", "bitfit"]  # tests of models and quantised layers have the others
+NEW = ["vera", "ia3", "bitfit", "layernorm"]  # tests of models and quantised layers have the others
+QV = ("query", "value")
 BERT = "base_model.model.bert."
 
 
@@ -66,6 +67,18 @@ def test_units_rise_from_block_0_to_the_head(tmp_path: Path, family: str, kind: 
     assert list(inside.values()) == sorted(inside.values()) and set(inside.values()) == {0, 1}
     assert all(adapted.depth(adapted.units[unit]) == depth for unit, depth in inside.items())
     assert found["head"] == 2 == adapted.depth(adapted.units["head"])
+
+
+def test_vera_has_a_unit_a_matrix_and_layernorm_one_a_norm(folder: str) -> None:
+    """What is random in VeRA is no unit's; the norm above the embeddings is the lowest unit."""
+    vera, norms = _load(folder, kind="vera", rank=4), _load(folder, kind="layernorm")
+    assert list(vera.units) == [*(f"encoder.layer.{i}.attention.self.{n}" for i in range(2) for n in QV), "head"]
+    first = f"{BERT}encoder.layer.0.attention.self.query.vera_lambda_"
+    assert set(vera.units["encoder.layer.0.attention.self.query"]) == {f"{first}b.default", f"{first}d.default"}
+    assert vera.tensors()[f"{first}d.default"].shape == (4,)
+    layers = [f"encoder.layer.{i}.{name}.LayerNorm" for i in range(2) for name in ("attention.output", "output")]
+    assert list(norms.units) == ["embeddings.LayerNorm", *layers, "head"]
+    assert [norms.depth(norms.units[unit]) for unit in norms.units] == [0, 0, 0, 1, 1, 2]
 
 
 def test_ia3_takes_targets_and_scales_what_enters_a_feed_forward_matrix(folder: str) -> None:
@@ -131,6 +144,7 @@ def test_a_half_precision_model_takes_the_kind_as_well(folder: str, kind: str, q
     )
 
 
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")  # PEFT's own, of a normalisation
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 @pytest.mark.parametrize("kind", NEW)
 def test_saved_adapter_gives_the_same_logits_when_peft_loads_it(

@@ -50,17 +50,18 @@ class ModelConfig(Section):
 class AdapterConfig(Section):
     """What is trained beside the head. A key that its kind does not use must stay at its default (ADAPTER_KEYS)."""
 
-    kind: Literal["lora", "ia3", "bitfit", "none"] = "lora"
-    """"lora"; "ia3", factors on the activations of some matrices; "bitfit", all biases; "none", the head alone."""
+    kind: Literal["lora", "vera", "ia3", "bitfit", "layernorm", "none"] = "lora"
+    """"lora"; "vera", two vectors of factors a matrix around random ones that all share; "ia3", factors on the
+    activations of some matrices; "bitfit", all biases; "layernorm", all normalisations; "none", the head alone."""
     rank: Count = 1
-    """LoRA only."""
+    """LoRA and VeRA (which wants a large one)."""
     alpha: float = Field(1.0, gt=0)
     """LoRA only: updates are multiplied by alpha / rank."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """LoRA only."""
     targets: str = ""
-    """LoRA and IA3: names of the modules to adapt, separated by commas. Empty for query and value, whatever the model
-    calls them (LoRA), or for PEFT's choice: mostly key, value and the last matrix of the feed-forward layer (IA3)."""
+    """LoRA, VeRA and IA3: names of the modules to adapt, separated by commas. Empty for query and value, whatever the
+    model calls them, or for PEFT's choice (IA3): mostly key, value and the last matrix of the feed-forward layer."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """LoRA only: which biases are trained beside it (PEFT's `bias`)."""
     subspace: Literal["none", "core", "combined", "shared", "random"] = "none"
@@ -76,8 +77,10 @@ class AdapterConfig(Section):
 
 ADAPTER_KEYS: dict[str, frozenset[str]] = {
     "lora": frozenset({"rank", "alpha", "dropout", "targets", "bias", "subspace", "coordinates", "frame"}),
+    "vera": frozenset({"rank", "targets"}),
     "ia3": frozenset({"targets"}),
     "bitfit": frozenset(),
+    "layernorm": frozenset(),
     "none": frozenset(),
 }
 """adapter.kind -> the other keys of `adapter` that it uses."""

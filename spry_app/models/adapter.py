@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import IA3Config, LNTuningConfig, LoraConfig, PeftConfig, PeftModel, VeraConfig, get_peft_model
 from peft.tuners.ia3 import IA3Layer
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.constants import (
@@ -54,6 +54,8 @@ def attach(
     with warnings.catch_warnings():
         # PEFT asks transformers for a property by its old name.
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        # It says so of normalisations, whose kind it has itself.
+        warnings.filterwarnings("ignore", "Unsupported layer type", UserWarning)
         adapted = get_peft_model(model, config)
     config.base_model_name_or_path = name
     config.revision = revision or None
@@ -68,14 +70,22 @@ def attach(
 
 def _lora(model: PreTrainedModel, adapter: AdapterConfig, head: tuple[str, ...]) -> PeftConfig:
     """arXiv 2106.09685."""
-    inside = _linear(model, head)
-    default = _default_targets(model.config.model_type, {name.rpartition(".")[2] for name in inside})
     return LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,  # type: ignore[arg-type]
         lora_dropout=adapter.dropout,
         bias=adapter.bias,
-        target_modules=_targets(model, adapter.targets, head, default, "query and value"),
+        target_modules=_query_and_value(model, adapter, head),
+        fan_in_fan_out=_is_transposed(model),
+        **_shared(head),
+    )
+
+
+def _vera(model: PreTrainedModel, adapter: AdapterConfig, head: tuple[str, ...]) -> PeftConfig:
+    """arXiv 2310.11454. The random factors are PEFT's, from a key that is the same for all, and saved."""
+    return VeraConfig(
+        r=adapter.rank,
+        target_modules=_query_and_value(model, adapter, head),
         fan_in_fan_out=_is_transposed(model),
         **_shared(head),
     )
@@ -107,11 +117,34 @@ def _bitfit(model: PreTrainedModel, adapter: AdapterConfig, head: tuple[str, ...
     return LoraConfig(bias="all", target_modules=DUMMY_TARGET_MODULES, **_shared(head))
 
 
+def _layernorm(model: PreTrainedModel, adapter: AdapterConfig, head: tuple[str, ...]) -> PeftConfig:
+    """arXiv 2312.11420: weights and biases of every normalisation."""
+    norms = [name for name, module in model.named_modules() if _is_norm(module) and name.split(".")[0] not in head]
+    if not norms:
+        raise SpryError(
+            f"adapter.kind is 'layernorm', and no normalisation of this {model.config.model_type} model is known: "
+            'set adapter.kind to "lora".'
+        )
+    return LNTuningConfig(target_modules=norms, **_shared(head))
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Models have classes of their own for what nn.RMSNorm does."""
+    return isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm")
+
+
 def _head_alone(model: PreTrainedModel, adapter: AdapterConfig, head: tuple[str, ...]) -> PeftConfig:
     return LoraConfig(target_modules=DUMMY_TARGET_MODULES, **_shared(head))
 
 
-KINDS: dict[str, Kind] = {"lora": _lora, "ia3": _ia3, "bitfit": _bitfit, "none": _head_alone}
+KINDS: dict[str, Kind] = {
+    "lora": _lora,
+    "vera": _vera,
+    "ia3": _ia3,
+    "bitfit": _bitfit,
+    "layernorm": _layernorm,
+    "none": _head_alone,
+}
 
 
 def _shared(head: tuple[str, ...]) -> dict[str, Any]:
@@ -126,6 +159,13 @@ def _linear(model: PreTrainedModel, head: tuple[str, ...]) -> list[str]:
     """Names of the linear layers outside the head."""
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     return [name for name in linear if name.split(".")[0] not in head]
+
+
+def _query_and_value(model: PreTrainedModel, adapter: AdapterConfig, head: tuple[str, ...]) -> list[str] | str:
+    """adapter.targets, or the default of LoRA."""
+    inside = _linear(model, head)
+    default = _default_targets(model.config.model_type, {name.rpartition(".")[2] for name in inside})
+    return _targets(model, adapter.targets, head, default, "query and value")
 
 
 def _targets(
