@@ -7,9 +7,36 @@ from spry_app.config import Scalar
 
 Keys = Mapping[str, Scalar]
 Rows = dict[str, Variant]
+TARGETS = "adapter.targets"
 
 ALL_LINEAR = "query,key,value,intermediate.dense,output.dense"
 """Of MiniLM's blocks (the last name is that of attention's matrix too); its pooler, also `dense`, is none of them."""
+
+
+QUERY_VALUE = ""
+"""The app's own choice for LoRA."""
+_INSIDE = {
+    QUERY_VALUE: ("attention.self.query", "attention.self.value"),
+    ALL_LINEAR: (
+        *(f"attention.self.{name}" for name in ("query", "key", "value")),
+        *("attention.output.dense", "intermediate.dense", "output.dense"),
+    ),
+}
+"""adapter.targets -> what they are called in a block of MiniLM."""
+BLOCKS = 6
+
+
+def upper(rows: Rows, count: int) -> Rows:
+    """The rows with their adapters in the upper so many blocks alone: what lies below is then computed once."""
+
+    def moved(keys: Keys) -> Keys:
+        places = [f"{b}.{name}" for b in range(BLOCKS - count, BLOCKS) for name in _INSIDE[str(keys[TARGETS])]]
+        return {**keys, TARGETS: ",".join(places)}
+
+    def whole(keys: Keys) -> Keys:
+        return moved({TARGETS: QUERY_VALUE, **keys}) if keys.get("adapter.kind") != "none" else keys
+
+    return {name: Variant(whole(row.keys), row.like and whole(row.like)) for name, row in rows.items()}
 
 
 def _core(targets: str, rank: int) -> Keys:
@@ -19,7 +46,7 @@ def _core(targets: str, rank: int) -> Keys:
         "adapter.rank": rank,
         "adapter.alpha": float(rank),
         "adapter.frame": "singular",
-        "adapter.targets": targets,
+        TARGETS: targets,
     }
 
 
@@ -30,7 +57,7 @@ def _shared(count: int) -> Keys:
         "adapter.coordinates": count,
         "adapter.rank": 4,
         "adapter.alpha": 4.0,
-        "adapter.targets": ALL_LINEAR,
+        TARGETS: ALL_LINEAR,
     }
 
 
@@ -39,13 +66,13 @@ ADAPTERS: dict[str, Keys] = {
     "shared 48": _shared(48),
     "shared 192": _shared(192),
     "shared 768": _shared(768),
-    "core (query and value)": _core("", 8),
+    "core (query and value)": _core(QUERY_VALUE, 8),
     "core": _core(ALL_LINEAR, 8),
     "core (rank 16)": _core(ALL_LINEAR, 16),
     "lora": {},
-    "lora (all linear)": {"adapter.targets": ALL_LINEAR},
+    "lora (all linear)": {TARGETS: ALL_LINEAR},
 }
-"""On MiniLM these have 13, 48, 192, 768, 768, 2,304, 9,216, 9,216 and 41,472 numbers beside the head."""
+"""On all of MiniLM these have 13, 48, 192, 768, 768, 2,304, 9,216, 9,216 and 41,472 numbers beside the head."""
 
 PER_STEP: Keys = {"client.local-steps": 1, "client.optimizer": "sgd"}
 """Clients talk to the server after each batch; what they step themselves is linear, so that only its size matters."""

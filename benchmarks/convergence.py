@@ -9,15 +9,15 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from benchmarks.accuracy import Told, compare, keep, parser
-from benchmarks.contenders import TABLES, Rows, twins
+from benchmarks.contenders import BLOCKS, QUERY_VALUE, TABLES, TARGETS, Rows, twins, upper
 from benchmarks.goals import HEADS, as_json, beside, curves_of, goals, told
 from benchmarks.search import PER_STEP_KNOBS
 from benchmarks.summary import print_table
 from spry_app.errors import SpryError
 
 QUESTION = "How near do forward gradients in few dimensions come to backpropagation?"
-SHARED = {"adapter.targets": "", "client.directions": 8, "client.directions-at-once": 8}
-"""All blocks are trained, and as many directions as the new default has."""
+SHARED = {TARGETS: QUERY_VALUE, "client.directions": 8, "client.directions-at-once": 8}
+"""All blocks are trained unless --upper says otherwise, and as many directions as the new default has."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -58,13 +58,15 @@ def _rows(options: argparse.Namespace) -> Rows:
     unknown = [name for name in names if name not in table]
     if unknown:
         raise SpryError(f"--rows has {unknown[0]!r}; it may have {', '.join(table)}, separated by commas.")
-    return {name: table[name] for name in names}
+    chosen = {name: table[name] for name in names}
+    return upper(chosen, options.upper) if options.upper else chosen
 
 
 def _parser() -> argparse.ArgumentParser:
     found = parser(QUESTION)
     found.set_defaults(alpha="iid", search_part=2)
     found.add_argument("--sweep", choices=list(TABLES), default="", help="d: numbers trained; K: directions")
+    found.add_argument("--upper", type=int, default=0, choices=range(1, BLOCKS), help="of the blocks alone; 0: all")
     found.add_argument("--rows", default="", help="names, separated by commas; empty: all")
     return found
 

@@ -2,23 +2,39 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from federation import make_checkpoint, make_rows
+from peft.tuners.lora import LoraLayer
+from transformers import BertConfig, BertForSequenceClassification
 
 from benchmarks import convergence
 from benchmarks.cells import Cell, Outcome
-from benchmarks.contenders import BACKPROP, BEST_LORA, DEFAULT, NEW, ROWS, TABLES, ZEROTH, twins
+from benchmarks.contenders import (
+    ALL_LINEAR,
+    BACKPROP,
+    BEST_LORA,
+    DEFAULT,
+    NEW,
+    ROWS,
+    TABLES,
+    TARGETS,
+    ZEROTH,
+    twins,
+    upper,
+)
 from benchmarks.curves import Figure
 from benchmarks.goals import Ratio, beside, bytes_up, curves_of, difference, fastest, forwards_ratio, goals, told
 from benchmarks.plan import Plan, Variant
 from benchmarks.rows import Split
 from benchmarks.search import KNOBS, PER_STEP, PER_STEP_KNOBS, knob_of
-from spry_app.config import RunConfig
+from spry_app.config import AdapterConfig, RunConfig
 from spry_app.methods import get_method
 from spry_app.methods.assignment import every_unit
+from spry_app.models.adapter import attach
 
 
 def plan(**changes: Any) -> Plan:
@@ -60,6 +76,29 @@ def test_a_row_and_its_twin_differ_in_the_gradient_alone() -> None:
     assert {method.server_optimizer for method in methods} == {"yogi"}
     assert all(method.assign is every_unit for method in methods)
     assert [method.gradient.name for method in methods] == ["forward-mode", "backprop"]
+
+
+def test_adapters_of_the_upper_blocks_alone_are_those_of_all_in_fewer_places() -> None:
+    """By the names of MiniLM's own modules; the head alone and what rows are beside that stay as they were."""
+    for name, row in upper(ROWS, 2).items():
+        keys = dict(row.keys)
+        targets = [place for place in str(keys.pop(TARGETS, "")).split(",") if place]
+        assert keys == {key: value for key, value in ROWS[name].keys.items() if key != TARGETS}
+        wide = ROWS[name].keys.get(TARGETS) == ALL_LINEAR
+        assert len(targets) == (0 if name == "head only" else 12 if wide else 4)
+        assert {place[:2] for place in targets} <= {"4.", "5."}
+    wide = adapted(upper({"": Variant({TARGETS: ALL_LINEAR})}, 6)[""].keys)
+    assert wide == adapted({TARGETS: ALL_LINEAR}) and len(wide) == 36
+    assert adapted(upper({"": Variant({})}, 6)[""].keys) == adapted({})
+
+
+def adapted(keys: Mapping[str, Any]) -> set[str]:
+    """Matrices of a BERT of six blocks that PEFT would adapt."""
+    shape = {"num_hidden_layers": 6, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16}
+    base = BertForSequenceClassification(BertConfig(vocab_size=32, **shape))
+    config = AdapterConfig.model_validate({"targets": keys.get(TARGETS, "")})
+    model = attach(base, config, ("classifier",), "bert", "")
+    return {name for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
 def test_the_names_that_goals_speak_of_are_rows_and_what_they_say() -> None:
