@@ -10,8 +10,10 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import SENTENCES, shaken, write_checkpoint
-from torch import Tensor
+from tiny_models import tiny_base
+from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
 
 from spry_app.config import AdapterConfig, ModelConfig
 from spry_app.errors import SpryError
@@ -89,6 +91,15 @@ def test_empty_targets_adapt_query_and_value_of_every_layer(tmp_path: Path, fami
     last = [unit.rpartition(".")[2] for unit in adapted.units]
     assert len(last) == 5 and last[-1] == "head"
     assert all(name.startswith(("q", "v")) for name in last[:-1])
+
+
+@pytest.mark.parametrize("family", ["roberta", "gpt2", "llama"])
+@pytest.mark.parametrize("kind", ["lora", "ia3"])
+def test_all_linear_is_every_linear_layer_outside_the_head(tmp_path: Path, family: str, kind: str) -> None:
+    adapted = _load(write_checkpoint(tmp_path, family), targets="all-linear", kind=kind)
+    base = tiny_base(family).base_model
+    linear = {name for name, module in base.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    assert set(adapted.units) == linear | {"head"} and len(linear) >= 8
 
 
 def test_targets_that_also_occur_in_the_head_leave_the_head_alone(tmp_path: Path) -> None:

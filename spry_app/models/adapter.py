@@ -27,6 +27,8 @@ from spry_app.errors import SpryError
 Kind = Callable[[PreTrainedModel, AdapterConfig, tuple[str, ...]], PeftConfig]
 """A frozen model, its adapter keys and the names of its head -> PEFT's configuration."""
 
+ALL_LINEAR = "all-linear"
+"""PEFT's name for every linear layer outside the head."""
 _QUERY_AND_VALUE = (
     ("query", "value"),
     ("q_proj", "v_proj"),
@@ -173,6 +175,8 @@ def _targets(
 ) -> list[str] | str:
     """Names for PEFT; a pattern where a bare name would also take matrices of the head."""
     inside = _linear(model, head)
+    if wanted.strip() == ALL_LINEAR:
+        return inside
     names = [name.strip() for name in wanted.split(",") if name.strip()] or default
     missing = [name for name in names if not any(_matches(module, name) for module in inside)]
     if missing or not names:
