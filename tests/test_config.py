@@ -42,7 +42,10 @@ PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
         ),
         ({"client.memory-budget-mib": 0}, '"auto", or "" for no budget'),
         ({"client.memory-budget-mib": True}, "is True"),
-        ({"preset": "spry"}, "Run-config key 'preset' is 'spry': known are 'spry-paper', and \"\" for none."),
+        (
+            {"preset": "spry"},
+            "Run-config key 'preset' is 'spry': known are 'spry-paper', 'spry-core', and \"\" for none.",
+        ),
         ({"preset": "spry-paper", "client.directions": 0}, "'client.directions' is 0"),
         ({"noise.target-cosine": 1.5}, "less than or equal to 1"),
         ({"adapter.kind": "prefix"}, "'lora', 'vera', 'ia3', 'bitfit', 'layernorm' or 'none'"),

@@ -38,6 +38,22 @@ PRESETS: dict[str, dict[str, Scalar]] = {
         "server.min-train-nodes": 10,
         "server.min-available-nodes": 10,
     },
+    # Few numbers between the first singular vectors of every matrix (arXiv:2405.17604), measured by all clients along
+    # orthogonal directions. Steps are chosen for the embedded data set.
+    "spry-core": {
+        "method": "spry-per-iteration",
+        "assign": "every-unit",
+        "directions": "orthogonal",
+        "head-gradient": "exact",
+        "adapter.kind": "lora",
+        "adapter.rank": 4,
+        "adapter.alpha": 4.0,
+        "adapter.targets": "all-linear",
+        "adapter.subspace": "core",
+        "adapter.frame": "singular",
+        "client.directions": 8,
+        "server.learning-rate": 0.072,
+    },
 }
 """Name -> run-config keys. Keys that happen to be defaults are written down too, as defaults may change."""
 

@@ -33,9 +33,9 @@ class RunConfig(Section):
     """One run. `RunConfig.from_flower` is the way in; `defaults()` is what pyproject.toml repeats."""
 
     preset: str = ""
-    """Settings that go together (presets.py): "spry-paper", those of the runs that were published. Keys that differ
-    from their defaults win; a key that is set to its default is the preset's, as Flower hands it over like one that is
-    not set."""
+    """Settings that go together (presets.py): "spry-paper", those of the runs that were published; "spry-core", few
+    trained numbers and little noise. Keys that differ from their defaults win; a key that is set to its default is the
+    preset's, as Flower hands it over like one that is not set."""
     method: str = Field("spry-per-iteration", min_length=1)
     """Row of the method table, or "package.module:object" for a Method of your own."""
     strategy: str = ""
