@@ -213,7 +213,7 @@ def bad(honest: Sequence[Message], seed: int) -> list[Message]:
         spoil_record(message.content, rng)
     if rng.random() < 0.1:
         spoil_metadata(message, honest, rng)
-    carry = rng.choice([over_protobuf, over_objects])
+    carry = rng.choice([over_protobuf, over_protobuf, over_objects])
     try:
         found = copied(message, carry(message.content, rng, harm=rng.random() < 0.3))
     except Exception as error:  # of Flower's

@@ -4,6 +4,7 @@ by what was refused, and nothing is allocated because a message says so. SPRY_FU
 
 import collections
 import dataclasses
+import logging
 import os
 import random
 import resource
@@ -79,6 +80,16 @@ def little_room() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + MOST_BYTES, before[1]))
     yield
     resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def silence() -> Iterator[None]:
+    """A line a refusal is a hundred thousand lines."""
+    logger = logging.getLogger("flwr")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    yield
+    logger.setLevel(before)
 
 
 def numbers(part: float) -> range:

@@ -103,7 +103,7 @@ class Recorder:
             lines = [Round.from_json(line) for line in self.metrics_path.read_text().splitlines()]
             self.rounds = [line for line in lines if line.round <= after]
             last = self.rounds[-1]
-        except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
             raise SpryError(f"{self.folder} cannot be resumed: its metrics.jsonl cannot be read ({error}).") from None
         fresh = self.metrics_path.with_suffix(".new")
         fresh.write_text("".join(line.as_json() + "\n" for line in self.rounds))
