@@ -180,3 +180,28 @@ def test_only_those_who_were_asked_score_the_model_and_only_once(run_config: dic
     strategy.aggregate_evaluate(1, [stranger, reply, reply, Score(0.0, 9, 9).to_message(messages[0])])
     assert strategy.recorder.score == Score.from_message(reply)
     assert strategy.recorder.current.refused == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"fingerprint": "f" * 64}, "not the server's"),
+        ({"fingerprint": "f" * 10**6}, "more than 256 characters"),
+        ({"examples": -1}, "impossible rows"),
+        ({"heldout": 2**62}, "impossible rows"),
+        ({"partition": "0"}, "partition in the introduction is '0', not of type int"),
+    ],
+)
+def test_a_node_that_introduces_itself_badly_is_not_used(
+    change: dict, reason: str, run_config: dict, tmp_path: Path
+) -> None:
+    federation = Federation(tmp_path, run_config | {"server.min-available-nodes": 3})
+
+    class Grid(LocalGrid):
+        def send_and_receive(self, messages: Any, timeout: float | None = None) -> Any:
+            *others, first = super().send_and_receive(messages, timeout)
+            first.content["introduction"].update(change)
+            return [*others, first]
+
+    with pytest.raises(SpryError, match=f"2 of 3 connected nodes can be used.*{reason}"):
+        federation.strategy.fleet.available(Grid(CLIENTS, run_config))
