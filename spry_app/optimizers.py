@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from spry_app.autodiff.directions import Tensors
+from spry_app.errors import SpryError
 
 SecondMoment = Callable[[Tensor, Tensor, float], Tensor]
 """(v, squared gradient, beta2) -> next v."""
@@ -133,7 +134,17 @@ class NamedOptimizer:
         }
 
     def load(self, tensors: Mapping[str, Tensor], moments: Mapping[str, Tensor] | None = None) -> None:
-        """Copy values of some tensors and, if given, all that the rule remembers."""
+        """Copy values of some tensors and, if given, all that the rule remembers. Raises SpryError for those of another
+        model; nothing is copied then.
+        """
+        named = [*tensors.items(), *((key.partition("/")[2], value) for key, value in (moments or {}).items())]
+        for name, value in named:
+            own = self._params.get(name)
+            if own is None or own.shape != value.shape or own.dtype != value.dtype:
+                raise SpryError(
+                    f"{name[:200]!r} of shape {tuple(value.shape)}, {value.dtype}, is no tensor that this "
+                    "model trains; it is of another model.name or adapter.*."
+                )
         for name, value in tensors.items():
             self._params[name].data.copy_(value)
         if moments is None:

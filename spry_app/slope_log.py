@@ -61,7 +61,14 @@ def pack(entries: Sequence[Entry]) -> tuple[list[int], list[float]]:
 
 
 def unpack(counts: Sequence[int], slopes: Sequence[float]) -> tuple[Entry, ...]:
-    """The entries that `pack` was given. Raises ValueError where the numbers are not of its making."""
+    """The entries that `pack` was given. Raises ValueError where the numbers are not of its making.
+
+    Takes no more time or memory than the numbers that are there.
+    """
+    if not all(type(count) is int and 0 <= count < 2**63 for count in counts):
+        raise ValueError("a count in a slope log is not a whole number from 0")
+    if not all(type(slope) in (float, int) and math.isfinite(slope) for slope in slopes):
+        raise ValueError("a slope in a slope log is not a finite number")
     whole, real = iter(counts), iter(map(float, slopes))
 
     def take(numbers: Iterator[Any], count: int) -> tuple[Any, ...]:
@@ -69,6 +76,8 @@ def unpack(counts: Sequence[int], slopes: Sequence[float]) -> tuple[Entry, ...]:
 
     def measured() -> Measured:
         client, sharing, examples, steps, width, units = take(whole, 6)
+        if steps * width > len(slopes) or (steps and not width):
+            raise ValueError(f"the numbers of a slope log end too early for {steps} steps of {width} slopes")
         held = take(whole, units)
         return Measured(client, held, examples, tuple(take(real, width) for _ in range(steps)), sharing)
 
@@ -124,7 +133,7 @@ def read(path: Path, until: float = math.inf) -> tuple[dict[str, Any], list[tupl
             raise ValueError(f"its format is {header['format']!r}, not {FORMAT!r}")
         entries = [_entry(json.loads(line)) for line in lines[:-1]]  # what follows the last end of line was cut short
         return header, [found for found in entries if found[0].round <= until]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise SpryError(f"{path} is not a slope log ({error}); it must be the slopes.jsonl of a run.") from None
 
 

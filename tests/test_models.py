@@ -1,5 +1,6 @@
 """Loading checkpoints, attaching adapters, naming units, telling base weights apart, saving."""
 
+import json
 import logging
 import sys
 from pathlib import Path
@@ -269,3 +270,22 @@ def test_saved_adapter_gives_the_same_logits_when_peft_loads_it(
     logits = loaded(**inputs).logits
     torch.testing.assert_close(logits, adapted.logits(trained, _inputs(adapted)), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(logits, _load(folder, **adapter).logits({}, dict(inputs)), atol=1e-2)
+
+
+def test_weights_that_are_a_pickle_and_code_that_comes_with_a_model_are_never_loaded(tmp_path: Path) -> None:
+    folder = Path(write_checkpoint(tmp_path))
+    settings = json.loads((folder / "config.json").read_text())
+    settings |= {"model_type": "theirs", "auto_map": {"AutoConfig": "theirs.Config"}}
+    ran = tmp_path / "ran"
+    (folder / "theirs.py").write_text(f"open({str(ran)!r}, 'w')\nfrom transformers import BertConfig as Config\n")
+    original = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(SpryError, match=r"no sequence-classification model could be loaded"):
+        _load(str(folder))
+    assert not ran.exists()
+    (folder / "config.json").write_text(original)
+    assert _load(str(folder))
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(SpryError, match=r"no sequence-classification model could be loaded.*safetensors"):
+        _load(str(folder))

@@ -1,13 +1,18 @@
 """A run that ended early goes on to the result, bit for bit, that it would have had."""
 
 import json
+import math
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from federation import LocalGrid, make_rows, same, tiny_run
 from flwr.app import Message
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from spry_app.config import RunConfig
 from spry_app.errors import SpryError
@@ -127,3 +132,65 @@ def test_a_checkpoint_that_cannot_be_read_is_refused(run_config: dict, tmp_path:
     (tmp_path / NAME).write_bytes((tmp_path / NAME).read_bytes()[:-40])
     with pytest.raises(SpryError, match=f"its {NAME} cannot be read"):
         start(run_config, tmp_path, resume=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (lambda groups, progress: change(groups, torch.zeros(1)), "is of another model"),
+        (lambda groups, progress: change(groups, torch.tensor(math.nan)), "is of another model"),
+        (lambda groups, progress: change(groups, None), "is of another model"),
+        (lambda groups, progress: groups.update({"moments:m/x": torch.zeros(1)}), "'x' of shape"),
+        (
+            lambda groups, progress: groups.update({"moments:" + first(groups, "moments"): torch.tensor(math.nan)}),
+            "finite",
+        ),
+        (lambda groups, progress: groups.update({"update:x": torch.zeros(1)}), "last update is not one of its tensors"),
+        (lambda groups, progress: progress.update({"round": -1}), "its rounds are"),
+        (lambda groups, progress: progress.update({"round": "1"}), "its rounds are"),
+        (lambda groups, progress: progress.clear(), "cannot be read"),
+    ],
+)
+def test_a_checkpoint_of_other_tensors_is_refused(spoil: Any, sentence: str, ended: tuple, tmp_path: Path) -> None:
+    run_config, folder = ended[0], tmp_path / "run"
+    shutil.copytree(ended[1], folder)
+    with safe_open(folder / NAME, framework="pt") as file:
+        progress = json.loads(file.metadata()["progress"])
+        groups = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    spoil(groups, progress)
+    save_file(groups, folder / NAME, {"progress": json.dumps(progress)})
+    with pytest.raises(SpryError, match=sentence):
+        start(run_config, folder, resume=str(folder))
+
+
+def change(groups: dict[str, Any], to: torch.Tensor | None) -> None:
+    """One tensor, or take it away, in a checkpoint that tells of no update."""
+    for key in [key for key in groups if key.startswith("update")]:
+        del groups[key]
+    key = f"tensors:{first(groups)}"
+    groups.pop(key) if to is None else groups.update({key: to})
+
+
+def first(groups: dict[str, Any], group: str = "tensors") -> str:
+    """Name of one tensor in a group."""
+    return next(key.partition(":")[2] for key in sorted(groups) if key.startswith(group))
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "[[[", "7", "[" * 100_000])
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl"])
+def test_a_folder_whose_json_is_not_that_of_a_run_is_refused(
+    name: str, text: str, ended: tuple, tmp_path: Path
+) -> None:
+    run_config, folder = ended[0], tmp_path / "run"
+    shutil.copytree(ended[1], folder)
+    (folder / name).write_text(text)
+    with pytest.raises(SpryError, match=r"cannot be resumed|is not the folder of a run"):
+        start(run_config, folder, resume=str(folder))
+
+
+@pytest.fixture(scope="module")
+def ended(run_config: dict, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    """A run of two rounds, and the keys to go on with."""
+    folder = tmp_path_factory.mktemp("ended")
+    start(run_config, folder, **{"num-server-rounds": 2})
+    return run_config, folder

@@ -1,6 +1,7 @@
 """A run from config to result with a method and a Strategy of the user's own, from a module outside the package."""
 
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -86,3 +87,19 @@ def test_what_cannot_run_ends_with_a_sentence(run_config: dict[str, Any], keys: 
     with pytest.raises(SpryError) as caught:
         start(run_config | keys)
     assert sentence in str(caught.value)
+
+
+def test_no_secret_of_the_environment_gets_into_outputs_logs_or_errors(
+    run_config: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    secret = "hf_CanaryCanaryCanaryCanary"
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "FLWR_AUTH_KEY", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, secret)
+    caplog.set_level(logging.DEBUG)
+    start(run_config)
+    with pytest.raises(SpryError) as refused:
+        start(run_config | {"model.name": "nobody/nothing"})
+    written = [path for path in Path(run_config["output-dir"]).rglob("*") if path.is_file()]
+    assert {"config.json", "metrics.jsonl", "result.json"} <= {path.name for path in written}
+    assert not [path for path in written if secret.encode() in path.read_bytes()]
+    assert secret not in caplog.text + str(refused.value)

@@ -25,6 +25,7 @@ from spry_app.protocol import (
     expected_fingerprint,
     frame_in,
     from_arrays,
+    mismatch,
     refusal,
     to_arrays,
 )
@@ -73,12 +74,16 @@ def introduce(node: Node, message: Message, method: Method, config: RunConfig, s
 def train(node: Node, message: Message, method: Method, config: RunConfig, state: RecordDict) -> TrainReply:
     task = Task.from_message(message)
     task = dataclasses.replace(task, tensors=tensors_of(task, node, method, config, state))
+    check_task(task, node, config)
     return train_node(node, task, method, config, slices_of(node, method, config, state))
 
 
 @_answer
 def evaluate(node: Node, message: Message, method: Method, config: RunConfig, state: RecordDict) -> Score:
-    node.adapted.load_tensors(tensors_of(Task.from_message(message), node, method, config, state))
+    task = Task.from_message(message)
+    task = dataclasses.replace(task, tensors=tensors_of(task, node, method, config, state))
+    check_task(task, node, config)
+    node.adapted.load_tensors(task.tensors)
     return node.score(config.client)
 
 
@@ -108,6 +113,21 @@ def _frame(message: Message, config: RunConfig, state: RecordDict) -> Fixed | No
             "sends with its first message; it sends it again."
         )
     return Fixed.of(from_arrays(kept))
+
+
+def check_task(task: Task, node: Node, config: RunConfig) -> None:
+    """That this node can do what it is asked. Raises SpryError."""
+    known = {name: value for name, value in node.start.items() if name in task.update}
+    reason = mismatch(task.tensors, node.start) or mismatch(task.update, known)
+    if unknown := sorted(set(task.units) - node.adapted.units.keys()):
+        reason = f"units that this model has not: {len(unknown)}, {unknown[0][:200]!r} among them"
+    numbers = (task.round, task.client, task.number, task.sharing)
+    if not (1 <= task.directions <= config.client.directions and all(0 <= number < 2**63 for number in numbers)):
+        reason = f"{task.directions} directions, or one of the numbers {numbers}, are out of bounds"
+    if reason:
+        raise SpryError(
+            f"This node cannot do what the server asks ({reason}): run the same version of Spry everywhere."
+        )
 
 
 def _check_base(here: str, there: str, config: RunConfig) -> None:

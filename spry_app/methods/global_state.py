@@ -9,6 +9,7 @@ import torch
 
 from spry_app.autodiff.directions import Seed, Tensors
 from spry_app.config import RunConfig
+from spry_app.errors import SpryError
 from spry_app.methods.method import Method
 from spry_app.methods.noise import Hand, expected_cosines
 from spry_app.methods.replay import HEAD, exact_names, local_optimizer, replay
@@ -83,8 +84,19 @@ class GlobalState:
             yield {name: before[name] - after[name] for name in before}, measured.examples
 
     def follow(self, entry: Entry) -> None:
-        """Take the server's step of a round from its log."""
+        """Take the server's step of a round from its log. Raises SpryError where that is of another model or method."""
+        for measured in entry.measured:
+            self._check(measured, entry.round)
         self.step(entry.round, mean_change(self.changes(entry)), self.hands(entry))
+
+    def _check(self, measured: Measured, round_: int) -> None:
+        per, width = self._method.gradient.slopes_per_direction, len(measured.slopes[0]) if measured.slopes else 0
+        known = max(measured.units, default=0) < len(self._numbers)
+        if not (known and measured.examples and width and width % per == 0):
+            raise SpryError(
+                f"Round {round_} of the slope log has {width} slopes a step, {measured.examples} examples, units "
+                f"{measured.units}; this model has {len(self._numbers)} units, and a direction {per} slopes."
+            )
 
     def trained(self, measured: Measured, round_: int) -> tuple[Tensors, Tensors]:
         """The tensors that some scalars stand for, before and after the local steps that they describe."""
@@ -96,7 +108,7 @@ class GlobalState:
         return before, replay(optimizer, measured.slopes, seed, self._method.gradient)
 
     def load(self, round_: int, tensors: Tensors, moments: Tensors) -> None:
-        """Become what another one was after `round_`."""
+        """Become what another one was after `round_`. Raises SpryError where that was of another model."""
         self.optimizer.load(tensors, moments)
         self.round = round_
 

@@ -68,6 +68,7 @@ def load_checkpoint(config: ModelConfig, num_labels: int, device: torch.device, 
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             trust_remote_code=False,
+            use_safetensors=True,  # never a pickle
         )
     _warn_of_random_weights(report, head)
     model.eval().requires_grad_(False)

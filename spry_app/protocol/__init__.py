@@ -4,8 +4,17 @@ downlink  "arrays": adapter tensors  "update", "log", "frame": if any "config": 
 uplink    "arrays": values, gradients or nothing       "metrics": loss, counts, slopes    or "refusal": a sentence
 """
 
-from spry_app.protocol.records import MalformedReply, Tensors, from_arrays, size_bytes, to_arrays
-from spry_app.protocol.replies import Introduction, Score, TrainReply, refusal, refusal_reason
+from spry_app.protocol.records import (
+    LARGEST,
+    MalformedReply,
+    Tensors,
+    from_arrays,
+    mismatch,
+    said,
+    size_bytes,
+    to_arrays,
+)
+from spry_app.protocol.replies import MOST_EXAMPLES, Introduction, Score, TrainReply, refusal, refusal_reason
 from spry_app.protocol.task import (
     EVALUATE,
     TRAIN,
@@ -19,6 +28,8 @@ from spry_app.protocol.task import (
 
 __all__ = [
     "EVALUATE",
+    "LARGEST",
+    "MOST_EXAMPLES",
     "TRAIN",
     "CatchUp",
     "Introduction",
@@ -31,8 +42,10 @@ __all__ = [
     "frame_in",
     "from_arrays",
     "introduction_request",
+    "mismatch",
     "refusal",
     "refusal_reason",
+    "said",
     "size_bytes",
     "to_arrays",
     "with_frame",

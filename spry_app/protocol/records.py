@@ -1,17 +1,39 @@
-"""Flower's records as named tensors and checked numbers, both ways. What they mean is not known here."""
+"""Flower's records as named tensors and checked numbers, both ways. What they mean is not known here.
 
+Nothing is allocated because a message says so: only what really came is read, and no reader that could run code or
+unpack anything (NumPy's own takes archives, and makes room for whatever shape a header claims) is asked to.
+"""
+
+import math
+import re
+import reprlib
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
-from flwr.app import ArrayRecord, Message
+from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.common.serde import recorddict_to_proto
+from google.protobuf.message import EncodeError
+
+from spry_app.errors import SpryError
 
 Tensors = dict[str, torch.Tensor]
 T = TypeVar("T")
 
+LARGEST = 1e12
+"""Of a number in a message, either way: squares of what is made of such, and sums over all clients, still fit fp32."""
+MOST_SAID = 1000
+_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00(..)\{'descr': '([<|]..)', 'fortran_order': False, 'shape': \(([\d, ]{0,200})\), \} *\n",
+    re.DOTALL,
+)
+"""What numpy.save writes before a plain array in C order: https://numpy.org/neps/nep-0001-npy-format.html"""
+_FORMATS = {np.dtype(name).str.encode(): np.dtype(name) for name in ("f2", "f4", "f8", "i4", "i8", "u1")}
 
-class MalformedReply(Exception):
-    """A reply that cannot be used; the sentence says why."""
+
+class MalformedReply(SpryError):
+    """A message that cannot be used; the sentence says why."""
 
 
 def to_arrays(tensors: Tensors) -> ArrayRecord:
@@ -21,20 +43,73 @@ def to_arrays(tensors: Tensors) -> ArrayRecord:
 
 def from_arrays(arrays: ArrayRecord) -> Tensors:
     """The tensors by name. Raises MalformedReply where their bytes are not tensors."""
+    return {name: _tensor(array) for name, array in arrays.items()}
+
+
+def _tensor(array: Array) -> torch.Tensor:
+    header = _HEADER.match(array.data)
+    kind = _FORMATS.get(header[2]) if header else None
+    if header is None or kind is None or header.end() != 10 + int.from_bytes(header[1], "little"):
+        raise MalformedReply(f"unreadable arrays (one begins with {array.data[:80]!r})")
     try:
-        return dict(arrays.to_torch_state_dict())
-    except (TypeError, ValueError, EOFError) as error:
+        shape = tuple(int(part) for part in header[3].split(b",") if part.strip())
+        if math.prod(shape) * kind.itemsize != len(array.data) - header.end():
+            raise ValueError(f"{len(array.data) - header.end()} bytes are no {kind} of shape {shape}")
+        return torch.from_numpy(np.ndarray(shape, kind, array.data, header.end()).copy())
+    except ValueError as error:
         raise MalformedReply(f"unreadable arrays ({error})") from None
 
 
+def mismatch(tensors: Tensors, wanted: Mapping[str, torch.Tensor]) -> str:
+    """Why `tensors` are not those `wanted`, in names, shapes, formats, or for a number that cannot be computed with;
+    empty if they are.
+    """
+    missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    if missing or extra:
+        return f"tensors missing: {_names(missing)}; not asked for: {_names(extra)}"
+    for name, value in tensors.items():
+        if value.shape != wanted[name].shape or value.dtype != wanted[name].dtype:
+            got, want = f"{tuple(value.shape)} {value.dtype}", f"{tuple(wanted[name].shape)} {wanted[name].dtype}"
+            return f"{name} is {got}, not {want}"
+        if not torch.isfinite(value).all():
+            return f"{name} has a number that is not finite"
+        if value.numel() and float(value.abs().max()) > LARGEST:
+            return f"{name} has a number beyond {LARGEST:g}"
+    return ""
+
+
+def _names(names: list[str]) -> str:
+    if not names:
+        return "none"
+    return f"{[name[:200] for name in names[:4]]}" + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def said(text: str) -> str:
+    """What a node says, fit for a log: in one line, without what a terminal would obey, of bounded length."""
+    shown = text if len(text) <= MOST_SAID else f"{text[:MOST_SAID]} ..."
+    return "".join(letter if letter.isprintable() else " " for letter in shown)
+
+
+def content_of(message: Message) -> RecordDict:
+    """Raises MalformedReply where there is none."""
+    if not message.has_content():
+        raise MalformedReply("it is empty")
+    return message.content
+
+
 def size_bytes(message: Message) -> int:
-    """Bytes of the content as serialised for the wire."""
-    return 0 if message.has_error() else recorddict_to_proto(message.content).ByteSize()
+    """Bytes of the content as serialised for the wire. Raises MalformedReply where it could not have come over one."""
+    if message.has_error():
+        return 0
+    try:
+        return int(recorddict_to_proto(content_of(message)).ByteSize())
+    except (TypeError, ValueError, EncodeError) as error:
+        raise MalformedReply(f"it cannot be serialised ({error})") from None
 
 
 def tensors_in(message: Message, name: str = "arrays") -> Tensors:
     """Those of one record. Raises MalformedReply."""
-    record = message.content.get(name)
+    record = content_of(message).get(name)
     if not isinstance(record, ArrayRecord):
         raise MalformedReply(f"the {name} are missing")
     return from_arrays(record)
@@ -44,7 +119,7 @@ class Record:
     """A record of a message, read by key and kind."""
 
     def __init__(self, message: Message, name: str) -> None:
-        self._name, self._record = name, message.content.get(name)
+        self._name, self._record = name, content_of(message).get(name)
         if self._record is None:
             raise MalformedReply(f"the {name} are missing")
 
@@ -57,5 +132,18 @@ class Record:
         if type(value) is int and kind is float:
             value = float(value)
         if type(value) is not kind:
-            raise MalformedReply(f"{key} in the {self._name} is {str(value)[:40]!r}, not of type {kind.__name__}")
+            raise MalformedReply(f"{key} in the {self._name} is {_shown(value)}, not of type {kind.__name__}")
         return value
+
+    def list_of(self, key: str, *kinds: type) -> list[Any]:
+        """Raises MalformedReply where there is none, or it holds another kind."""
+        values = self.get(key, list)
+        if not all(type(value) in kinds for value in values):
+            raise MalformedReply(f"{key} in the {self._name} is a list of something else than {kinds[0].__name__}")
+        return values
+
+
+def _shown(value: Any) -> str:
+    """In a few letters, however large it is."""
+    found = value.data if isinstance(value, Array) else value
+    return f"{len(found)} bytes" if isinstance(found, bytes) else reprlib.repr(found)

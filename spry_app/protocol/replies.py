@@ -7,7 +7,11 @@ from typing import Self
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
 from spry_app.errors import SpryError
-from spry_app.protocol.records import MalformedReply, Record, Tensors, tensors_in, to_arrays
+from spry_app.protocol.records import LARGEST, MalformedReply, Record, Tensors, content_of, tensors_in, to_arrays
+
+MOST_EXAMPLES = 2**31
+"""Rows that a node may say it has."""
+_LONGEST_DIGEST = 256
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,8 @@ class Score:
         """Raises MalformedReply."""
         metrics = Record(message, "metrics")
         score = cls(metrics.get("loss", float), metrics.get("correct", int), metrics.get("heldout", int))
-        if not (0 <= score.correct <= score.examples and math.isfinite(score.loss)):
+        sound = 0 <= score.correct <= score.examples <= MOST_EXAMPLES
+        if not (sound and abs(score.loss) <= LARGEST * score.examples):
             raise MalformedReply(f"an impossible score: {score.correct} of {score.examples}, loss {score.loss}")
         return score
 
@@ -74,7 +79,7 @@ class TrainReply:
         metrics = Record(message, "metrics")
         return cls(
             tensors=tensors_in(message),
-            slopes=_rows(metrics.get("slopes", list), metrics.get("steps", int)),
+            slopes=_rows(metrics.list_of("slopes", float, int), metrics.get("steps", int)),
             loss=metrics.get("train-loss", float),
             examples=metrics.get("num-examples", int),
             seconds=metrics.get("seconds", float),
@@ -119,7 +124,7 @@ class Introduction:
         memory_mib = config.get("memory-mib", float)
         if not 0 <= memory_mib < math.inf:
             raise MalformedReply(f"an impossible memory: {memory_mib} MiB")
-        return cls(
+        found = cls(
             partition=config.get("partition", int),
             fingerprint=config.get("fingerprint", str),
             examples=config.get("examples", int),
@@ -127,6 +132,11 @@ class Introduction:
             digest=config.get("digest", str),
             memory_mib=memory_mib,
         )
+        if not (0 <= found.examples <= MOST_EXAMPLES and 0 <= found.heldout <= MOST_EXAMPLES):
+            raise MalformedReply(f"impossible rows: {found.examples}, and {found.heldout} held out")
+        if max(len(found.fingerprint), len(found.digest)) > _LONGEST_DIGEST:
+            raise MalformedReply(f"a fingerprint or digest of more than {_LONGEST_DIGEST} characters")
+        return found
 
 
 def refusal(task: Message, reason: SpryError) -> Message:
@@ -135,11 +145,12 @@ def refusal(task: Message, reason: SpryError) -> Message:
 
 
 def refusal_reason(message: Message) -> str:
-    """Why the client refused; empty if it did not."""
-    record = message.content.get("refusal")
+    """Why the client refused; empty if it did not. Raises MalformedReply."""
+    record = content_of(message).get("refusal")
     if record is None:
         return ""
-    return str(record.get("reason", "")) or "it gave no reason"
+    reason = record.get("reason")
+    return reason if isinstance(reason, str) and reason else "it gave no reason"
 
 
 def _rows(flat: list[float], rows: int) -> tuple[tuple[float, ...], ...]:

@@ -1,11 +1,12 @@
 """What the server asks of a node. What it answers is in replies.py."""
 
+import secrets
 from dataclasses import dataclass, field
 from typing import Self
 
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from spry_app.protocol.records import Record, Tensors, tensors_in, to_arrays
+from spry_app.protocol.records import MalformedReply, Record, Tensors, content_of, tensors_in, to_arrays
 from spry_app.slope_log import Entry, pack, unpack
 
 INTRODUCE = "query.introduce"
@@ -64,6 +65,7 @@ class Task:
                 "fingerprint": self.fingerprint,
                 "evaluate": self.evaluate,
                 "measure": self.measure,
+                "nonce": _nonce(),
             }
         )
         content = RecordDict({"arrays": to_arrays(self.tensors), "config": config})
@@ -75,6 +77,7 @@ class Task:
 
     @classmethod
     def from_message(cls, message: Message) -> Self:
+        """Raises MalformedReply."""
         config = Record(message, "config")
         return cls(
             round=config.get("round", int),
@@ -83,7 +86,7 @@ class Task:
             sharing=config.get("sharing", int),
             directions=config.get("directions", int),
             tensors=tensors_in(message),
-            units=tuple(config.get("units", list)),
+            units=tuple(config.list_of("units", str)),
             fingerprint=config.get("fingerprint", str),
             evaluate=config.get("evaluate", bool),
             measure=config.get("measure", bool),
@@ -94,13 +97,13 @@ class Task:
 
 def introduction_request(node: int, fingerprint: str) -> Message:
     """Ask a node to load its model and data, test itself, and say what it has."""
-    content = RecordDict({"config": ConfigRecord({"fingerprint": fingerprint})})
+    content = RecordDict({"config": ConfigRecord({"fingerprint": fingerprint, "nonce": _nonce()})})
     return Message(content=content, dst_node_id=node, message_type=INTRODUCE)
 
 
 def frame_in(message: Message) -> Tensors | None:
     """What `with_frame` has put there."""
-    return tensors_in(message, "frame") if "frame" in message.content else None
+    return tensors_in(message, "frame") if "frame" in content_of(message) else None
 
 
 def with_frame(message: Message, frame: Tensors) -> Message:
@@ -114,6 +117,13 @@ def expected_fingerprint(message: Message) -> str:
     return Record(message, "config").get("fingerprint", str)
 
 
+def _nonce() -> bytes:
+    """Flower names a message by the hash of it: this makes that a secret of the server and of the node it is sent to,
+    so that nobody else can answer it (server.letters).
+    """
+    return secrets.token_bytes(16)
+
+
 def _write(catch_up: CatchUp, content: RecordDict) -> None:
     counts, slopes = pack(catch_up.entries)
     content["log"] = ConfigRecord(
@@ -125,9 +135,13 @@ def _write(catch_up: CatchUp, content: RecordDict) -> None:
 
 def _read(message: Message) -> CatchUp:
     log = Record(message, "log")
+    try:
+        entries = unpack(log.list_of("counts", int), log.list_of("slopes", float, int))
+    except ValueError as error:
+        raise MalformedReply(f"an unreadable log ({error})") from None
     return CatchUp(
         since=log.get("since", int),
         digest=log.get("digest", str),
-        entries=unpack(log.get("counts", list), log.get("slopes", list)),
+        entries=entries,
         moments=tensors_in(message, "moments") if "moments" in message.content else None,
     )

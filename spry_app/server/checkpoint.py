@@ -9,12 +9,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from spry_app.autodiff.directions import Tensors
 from spry_app.config import RunConfig
 from spry_app.errors import SpryError
+from spry_app.protocol import mismatch
 
 NAME = "checkpoint.safetensors"
 CHANGEABLE = ("num-server-rounds", "server.wait-timeout-s", "server.round-timeout-s", "stop.", "resume", "output-dir")
@@ -52,6 +54,11 @@ class Checkpoint:
             os.fsync(file.fileno())
         fresh.replace(folder / NAME)
 
+    def check(self, start: Tensors) -> None:
+        """That it is of a model which trains tensors like `start`. Raises SpryError."""
+        if reason := mismatch(self.tensors, start):
+            raise SpryError(f"The run cannot be resumed: its {NAME} is of another model ({reason}).")
+
 
 def load(folder: Path, config: RunConfig) -> Checkpoint:
     """Raises SpryError where there is none, or its run had other settings than `config` in a key that matters."""
@@ -63,7 +70,8 @@ def load(folder: Path, config: RunConfig) -> Checkpoint:
             for key in file.keys():  # noqa: SIM118 (not a mapping)
                 group, _, name = key.partition(":")
                 groups[group][name] = file.get_tensor(key)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        _check_content(progress, **groups)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise SpryError(f"{folder} cannot be resumed: its {NAME} cannot be read ({error}).") from None
     if progress.round >= config.num_server_rounds:
         raise SpryError(
@@ -73,11 +81,24 @@ def load(folder: Path, config: RunConfig) -> Checkpoint:
     return Checkpoint(progress, **groups)
 
 
+def _check_content(progress: Progress, tensors: Tensors, moments: Tensors, update: Tensors) -> None:
+    """What can be said of a checkpoint without its model; whether it is of that one, its optimizer says. Raises
+    ValueError.
+    """
+    if not all(type(number) is int and number >= 0 for number in asdict(progress).values()):
+        raise ValueError(f"its rounds are {progress}")
+    if update and {n: t.shape for n, t in update.items()} != {n: t.shape for n, t in tensors.items()}:
+        raise ValueError("its last update is not one of its tensors")
+    for name, value in (moments | update).items():
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{name} has a number that is not finite")
+
+
 def _check(folder: Path, config: RunConfig) -> None:
     """Raises SpryError where `folder` is not that of a run, or of one with other settings."""
     try:
-        before: Mapping[str, Any] = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
+        before: Mapping[str, Any] = dict(json.loads((folder / "config.json").read_text()))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise SpryError(f"resume={str(folder)!r} is not the folder of a run ({error}).") from None
     now = config.flat()
     changed = [

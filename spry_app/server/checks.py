@@ -1,33 +1,43 @@
-"""Is a reply fit to be averaged? Names, shapes, finite numbers, and nothing that was not asked for."""
+"""Is a reply fit to be averaged? Names, shapes, numbers within reason, and nothing that was not asked for."""
 
 import math
-from collections.abc import Mapping
-
-import torch
+from dataclasses import dataclass
 
 from spry_app.autodiff.costs import Cost
 from spry_app.autodiff.gradients import Gradient
-from spry_app.protocol import Tensors, TrainReply
+from spry_app.config import ClientConfig
+from spry_app.protocol import LARGEST, MOST_EXAMPLES, Tensors, TrainReply, mismatch
 
 
-def problem(reply: TrainReply, asked: Mapping[str, torch.Tensor], steps: int, slopes: int, most: float) -> str:
-    """Why the reply must be refused; empty if it is fine.
-
-    asked: the tensors that must come as they are. steps, slopes: the sizes of the scalars that must come (0 steps:
-    none). most: forward passes that an example can have taken in a step.
+@dataclass(frozen=True)
+class Asked:
+    """tensors: those that must come as they are. steps, slopes: the sizes of the scalars that must come (0 steps:
+    none). passes: forward passes that an example can have taken in a step. examples: that can have been trained on.
+    score: whether a score of held-out rows may come.
     """
-    if not math.isfinite(reply.loss):
+
+    tensors: Tensors
+    steps: int
+    slopes: int
+    passes: float
+    examples: int
+    score: bool
+
+
+def problem(reply: TrainReply, asked: Asked) -> str:
+    """Why the reply must be refused; empty if it is fine."""
+    if not abs(reply.loss) <= LARGEST:
         return f"its loss is {reply.loss}"
-    if not math.isfinite(reply.peak_mib + reply.seconds) or (
-        reply.personal is not None and reply.personal.examples < 1
+    if not (0 <= reply.peak_mib <= LARGEST and 0 <= reply.seconds <= LARGEST) or (
+        reply.personal is not None and not (asked.score and reply.personal.examples)
     ):
         return f"its measurements are impossible: peak {reply.peak_mib} MiB, {reply.seconds} s, score {reply.personal}"
-    if reply.examples < 1:
-        return f"it was trained on {reply.examples} examples"
+    if not 1 <= reply.examples <= asked.examples:
+        return f"it was trained on {reply.examples} examples; it can be 1 to {asked.examples}"
     # None at all where a head is trained on hidden states that were at hand.
-    if not 0 <= reply.forwards <= reply.examples * most * (1 + 1e-6):
+    if not 0 <= reply.forwards <= reply.examples * asked.passes * (1 + 1e-6):
         return f"its {reply.examples} examples cannot have taken {reply.forwards} forward passes"
-    return _tensor_problem(reply.tensors, asked) or _slope_problem(reply, steps, slopes)
+    return mismatch(reply.tensors, asked.tensors) or _slope_problem(reply, asked)
 
 
 def most_forwards(gradient: Gradient, directions: int) -> float:
@@ -35,23 +45,17 @@ def most_forwards(gradient: Gradient, directions: int) -> float:
     return (gradient.cost(directions, 1) + Cost(passes=2)).forwards(suffix=1.0)
 
 
-def _tensor_problem(tensors: Tensors, asked: Mapping[str, torch.Tensor]) -> str:
-    missing, extra = sorted(asked.keys() - tensors.keys()), sorted(tensors.keys() - asked.keys())
-    if missing or extra:
-        return f"tensors missing: {missing or 'none'}; not asked for: {extra or 'none'}"
-    for name, value in tensors.items():
-        if value.shape != asked[name].shape or value.dtype != asked[name].dtype:
-            got, want = f"{tuple(value.shape)} {value.dtype}", f"{tuple(asked[name].shape)} {asked[name].dtype}"
-            return f"{name} is {got}, not {want}"
-        if not torch.isfinite(value).all():
-            return f"{name} has a number that is not finite"
-    return ""
+def most_examples(steps: int, config: ClientConfig) -> int:
+    """That a node can have trained on in `steps` steps; in whole epochs (0) nobody but the node knows."""
+    return steps * config.batch_size if steps else MOST_EXAMPLES * config.local_epochs
 
 
-def _slope_problem(reply: TrainReply, steps: int, slopes: int) -> str:
-    if len(reply.slopes) != steps or any(len(step) != slopes for step in reply.slopes):
-        got = [len(step) for step in reply.slopes]
-        return f"it holds {got} slopes a step; asked for were {steps} steps of {slopes}"
+def _slope_problem(reply: TrainReply, asked: Asked) -> str:
+    if len(reply.slopes) != asked.steps or any(len(step) != asked.slopes for step in reply.slopes):
+        got = f"{len(reply.slopes)} steps of {len(reply.slopes[0]) if reply.slopes else 0}"
+        return f"it holds {got} slopes; asked for were {asked.steps} steps of {asked.slopes}"
     if not all(math.isfinite(slope) for step in reply.slopes for slope in step):
         return "a slope is not finite"
+    if any(abs(slope) > LARGEST for step in reply.slopes for slope in step):
+        return f"a slope is beyond {LARGEST:g}"
     return ""

@@ -11,6 +11,7 @@ from spry_app.autodiff.directions import Tensors
 from spry_app.config import RunConfig
 from spry_app.protocol import MalformedReply, Score, Task, size_bytes
 from spry_app.server.fleet import Fleet
+from spry_app.server.letters import Letters
 from spry_app.server.record import Recorder
 from spry_app.server.stopping import decide
 
@@ -32,19 +33,23 @@ def scoring_tasks(
     }
 
 
-def summed(replies: Iterable[Message], recorder: Recorder, check: Callable[[Message], None]) -> MetricRecord | None:
+def summed(
+    replies: Iterable[Message], recorder: Recorder, letters: Letters, check: Callable[[Message, int], None]
+) -> MetricRecord | None:
     """Make the sum of the clients' scores that of the round; None where there is none.
 
-    check: raises MalformedReply for a node that has not answered.
+    letters: what was asked. check: raises MalformedReply for a node that has not answered.
     """
     total = Score(loss=0.0, correct=0, examples=0)
     for message in replies:
-        recorder.received(size_bytes(message))
+        node = message.metadata.src_node_id
         try:
-            check(message)
+            recorder.received(size_bytes(message))
+            node = letters.sender(message)
+            check(message, node)
             total += Score.from_message(message)
         except MalformedReply as error:
-            recorder.refuse(message.metadata.src_node_id, str(error))
+            recorder.refuse(node, str(error))
     if not total.examples:
         return None
     recorder.score = total

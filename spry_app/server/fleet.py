@@ -18,9 +18,11 @@ from spry_app.protocol import (
     Tensors,
     introduction_request,
     refusal_reason,
+    said,
     size_bytes,
     with_frame,
 )
+from spry_app.server.letters import Letters
 
 _POLL_S = 0.5
 
@@ -109,23 +111,28 @@ class Fleet:
         requests = [self.equip(introduction_request(node, self._fingerprint)) for node in nodes]
         if self._frame is not None:
             self._sent(sum(map(size_bytes, requests)))
+        letters = Letters(requests)
         for reply in grid.send_and_receive(requests, timeout=self._config.round_timeout_s):
-            self._read(reply)
+            try:
+                node = letters.sender(reply)
+            except MalformedReply as error:
+                log(WARNING, "An introduction of node %s is not used: %s", reply.metadata.src_node_id, error)
+            else:
+                self._read(node, reply)
         for node in nodes:
             if node not in self._introductions:
                 reason = self._refused.setdefault(node, "no answer within server.round-timeout-s")
                 log(WARNING, "Node %s cannot be used: %s", node, reason)
 
-    def _read(self, reply: Message) -> None:
-        node = reply.metadata.src_node_id
-        if reply.has_error():
-            self._refused[node] = reply.error.reason or f"Flower error {reply.error.code}"
-            return
+    def _read(self, node: int, reply: Message) -> None:
         try:
-            reason = refusal_reason(reply)
+            reason = reply.error.reason or f"Flower error {reply.error.code}" if reply.has_error() else ""
+            reason = reason or refusal_reason(reply)
             if reason:
-                self._refused[node] = reason
-            else:
-                self._introductions[node] = Introduction.from_message(reply)
+                raise MalformedReply(reason)
+            introduction = Introduction.from_message(reply)
+            if introduction.fingerprint != self._fingerprint:
+                raise MalformedReply("its base model is not the server's, and it did not say so")
+            self._introductions[node] = introduction
         except MalformedReply as error:
-            self._refused[node] = str(error)
+            self._refused[node] = said(str(error))

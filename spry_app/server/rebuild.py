@@ -23,7 +23,9 @@ def rebuild(log: Path, folder: Path, model: str = "") -> int:
     read, the base model is another one, or the result is not, to the bit, what the server had.
     """
     header, entries = read(log)
-    config = RunConfig.from_flower(header["config"])
+    if missing := {"config", "units", "fingerprint", "digest"} - header.keys():
+        raise SpryError(f"{log} is not a slope log: its first line has no {', '.join(sorted(missing))}.")
+    config = RunConfig.from_flower(dict(header["config"]))
     frame = load_frame(log.parent, config)
     adapted = load_model(config.model, config.adapter, len(label_names(config.data)), config.seed, model, frame)
     if found := difference(adapted.fingerprint, header["fingerprint"]):

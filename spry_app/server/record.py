@@ -11,7 +11,8 @@ from typing import Any, Self
 from flwr.common.logger import log
 
 from spry_app.config import RunConfig
-from spry_app.protocol import Score, Tensors, TrainReply
+from spry_app.errors import SpryError
+from spry_app.protocol import Score, Tensors, TrainReply, said
 from spry_app.slope_log import Entry, SlopeLog, read
 
 MIB = 2**20
@@ -98,12 +99,15 @@ class Recorder:
 
     def _go_on(self, after: int) -> None:
         """Take over what was spent until round `after`; what was written of later rounds is written again."""
-        lines = [Round.from_json(line) for line in self.metrics_path.read_text().splitlines()]
-        self.rounds = [line for line in lines if line.round <= after]
+        try:
+            lines = [Round.from_json(line) for line in self.metrics_path.read_text().splitlines()]
+            self.rounds = [line for line in lines if line.round <= after]
+            last = self.rounds[-1]
+        except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+            raise SpryError(f"{self.folder} cannot be resumed: its metrics.jsonl cannot be read ({error}).") from None
         fresh = self.metrics_path.with_suffix(".new")
         fresh.write_text("".join(line.as_json() + "\n" for line in self.rounds))
         fresh.replace(self.metrics_path)
-        last = self.rounds[-1]
         self._bytes_up, self._bytes_down = round(last.mib_up * MIB), round(last.mib_down * MIB)
         self._forwards, self._start = last.forwards, self._start - last.seconds
 
@@ -131,6 +135,7 @@ class Recorder:
 
     def refuse(self, node: int, reason: str) -> None:
         """Count a reply that was not used, and say why."""
+        reason = said(reason)
         self.current.refused += 1
         self.current.reasons.append(f"node {node}: {reason}")
         log(INFO, "Reply of node %s refused: %s", node, reason)

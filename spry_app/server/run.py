@@ -88,6 +88,7 @@ def federate(grid: Grid, config: RunConfig, folder: Path) -> Federated:
 
     bottom = None if test is None else frozen(adapted, test, config.client.prefix_cache_mib * MIB)
     if checkpoint:
+        checkpoint.check(adapted.tensors())
         _resumable(strategy).resume(checkpoint)
 
     def evaluate(round_: int, arrays: ArrayRecord) -> MetricRecord | None:

@@ -28,13 +28,14 @@ from spry_app.protocol import (
     to_arrays,
 )
 from spry_app.server.checkpoint import Checkpoint, Progress
-from spry_app.server.checks import most_forwards, problem
+from spry_app.server.checks import Asked, most_examples, most_forwards, problem
 from spry_app.server.clipping import clipped
 from spry_app.server.crew import crew
 from spry_app.server.dealing import deal_out
 from spry_app.server.downlink import DOWNLINKS
 from spry_app.server.evaluation import is_due, scoring_tasks, summed
 from spry_app.server.fleet import Fleet
+from spry_app.server.letters import Letters
 from spry_app.server.noise import hands_of, noise_of, too_noisy
 from spry_app.server.record import Recorder
 from spry_app.slope_log import Entry
@@ -75,6 +76,7 @@ class SpryStrategy(Strategy):
         self.update: Tensors = {}
         """How the last round with a usable reply changed the tensors."""
         self.tasks: dict[int, Task] = {}
+        self.letters = Letters()
         self.barren_rounds = 0
         self.rounds_before = 0
         """Those of the run that is resumed; Flower counts from 1 again."""
@@ -136,6 +138,7 @@ class SpryStrategy(Strategy):
         outgoing = [self.downlink.outgoing(node, task).to_message(node, message_type) for node, task in tasks.items()]
         messages = [self.fleet.equip(message) for message in outgoing]
         self.recorder.sent(sum(map(size_bytes, messages)))
+        self.letters = Letters(messages)
         return messages
 
     def perturbed(self, units: Iterable[str]) -> dict[str, int]:
@@ -228,20 +231,16 @@ class SpryStrategy(Strategy):
         accepted: dict[int, tuple[Task, TrainReply]] = {}
         for message in replies:
             node = message.metadata.src_node_id
-            self.recorder.received(size_bytes(message))
-            task = self.tasks.get(node)
             try:
-                self._check(message)
-                reply = TrainReply.from_message(message)
-                reason = self.problem(reply, task) if task else "it was not asked"
-            except MalformedReply as error:
-                reason = str(error)
-            if reason or task is None:
-                self.recorder.refuse(node, reason)
-            elif task.client in accepted:
-                self.recorder.refuse(node, "it answered before")
-            else:
+                self.recorder.received(size_bytes(message))
+                node = self.letters.sender(message)
+                self._check(message, node)
+                task, reply = self.tasks[node], TrainReply.from_message(message)
+                if reason := self.problem(reply, task):
+                    raise MalformedReply(reason)
                 accepted[task.client] = (task, self.clipped(task, reply))
+            except MalformedReply as error:
+                self.recorder.refuse(node, str(error))
         return [accepted[client] for client in sorted(accepted)]
 
     def clipped(self, task: Task, reply: TrainReply) -> TrainReply:
@@ -254,18 +253,21 @@ class SpryStrategy(Strategy):
 
     def problem(self, reply: TrainReply, task: Task) -> str:
         """Why a reply cannot be averaged; empty if it can."""
-        asked = self.asked(task)
-        as_they_are = asked.keys() & self.state.exact if self.method.reply == "slopes" else asked.keys()
-        scalars = asked.keys() - as_they_are
-        steps = local_steps(self.method, self.config.client) if scalars else 0
-        tensors = {name: asked[name] for name in as_they_are}
-        gradient = self.gradient(task)
-        slopes = task.directions * gradient.slopes_per_direction
-        return problem(reply, tensors, steps, slopes, most_forwards(gradient, task.directions))
+        tensors, client, gradient = self.asked(task), self.config.client, self.gradient(task)
+        as_they_are = tensors.keys() & self.state.exact if self.method.reply == "slopes" else tensors.keys()
+        steps = local_steps(self.method, client)
+        asked = Asked(
+            tensors={name: tensors[name] for name in as_they_are},
+            steps=steps if tensors.keys() - as_they_are else 0,
+            slopes=task.directions * gradient.slopes_per_direction,
+            passes=most_forwards(gradient, task.directions),
+            examples=most_examples(steps, client),
+            score=task.evaluate,
+        )
+        return problem(reply, asked)
 
-    def _check(self, message: Message) -> None:
+    def _check(self, message: Message, node: int) -> None:
         """Whether the node has followed and answered. Raises MalformedReply."""
-        node = message.metadata.src_node_id
         reason = message.error.reason or f"Flower error {message.error.code}" if message.has_error() else ""
         reason = reason or refusal_reason(message)
         if reason:
@@ -289,7 +291,7 @@ class SpryStrategy(Strategy):
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Sum the clients' scores into the round's."""
-        return summed(replies, self.recorder, self._check)
+        return summed(replies, self.recorder, self.letters, self._check)
 
     def summary(self) -> None:
         """Say what will run."""

@@ -51,8 +51,8 @@ def ask(place: Place, job: Header, bodies: Sequence[bytes], root: str, idle_s: f
             with _connected(place) as worker:
                 send(worker, {**job, "root": root}, bodies)
                 taken = receive(worker)[0]
-                if "pid" in taken:
-                    answer = _answer(place, worker, int(taken["pid"]))
+                if type(pid := taken.get("pid")) is int:
+                    answer = _answer(place, worker, pid)
                     if "again" not in answer[0]:
                         return answer
                 elif "busy" in taken:
