@@ -244,7 +244,7 @@ class PrivacyConfig(Section):
     clip_slopes: float = Field(1.0, gt=0, allow_inf_nan=False)
     """The slopes of a reply, of all its steps, are scaled down to this length (L2) where they get the noise: always in
     "local", in "central" where all clients measure along the same directions (decomfl)."""
-    noise_multiplier: float = Field(1.0, gt=0, allow_inf_nan=False)
+    noise_multiplier: float = Field(1.0, ge=0.01, allow_inf_nan=False)
     """Standard deviation of the noise on every number, in units of its bound (`clip` or `clip-slopes`)."""
     delta: float = Field(1e-5, gt=0, lt=1)
     """At which epsilon is stated; far below one over the number of clients."""

@@ -20,7 +20,7 @@ from spry_app.methods import Method
 from spry_app.methods.global_state import GlobalState, mean_change
 from spry_app.privacy import Secret, bounded, noisy
 from spry_app.protocol import Task, TrainReply
-from spry_app.server.accountant import Release, epsilon
+from spry_app.server.accountant import Release, accounting, epsilon
 from spry_app.server.record import Recorder
 from spry_app.server.stopping import Stopped
 from spry_app.slope_log import Entry, Measured
@@ -71,6 +71,7 @@ class Accounted(Guard):
         self, config: RunConfig, method: Method, state: GlobalState, units: Mapping[str, Sequence[str]], to: Recorder
     ) -> None:
         super().__init__(config, method, state, units, to)
+        accounting()  # a run that could not say what it costs does not begin
         self.releases = [Release(r.sampled_from, r.asked) for r in to.rounds if r.sampled_from is not None]
         self.multiplier = config.privacy.noise_multiplier / (2 * math.sqrt(self._parts()))
 
