@@ -271,10 +271,13 @@ def start(run_config: dict[str, Any], folder: Path, grid: LocalGrid | None = Non
 
 
 @pytest.mark.parametrize(("mode", "method"), [("central", "spry"), ("central", "decomfl"), ("local", "baffle")])
-def test_a_resumed_run_has_the_same_bits_and_has_cost_the_same(
+def test_a_resumed_run_has_the_same_bits_and_says_what_it_has_cost(
     mode: str, method: str, run_config: dict, tmp_path: Path
 ) -> None:
-    """Two of three clients a round; killed when round 2 was heard. The key is the run's, so it is copied before."""
+    """Two of three clients a round; killed when round 2 was heard. The key is the run's, so it is copied before.
+
+    Local replies of that round have been sent by then, so it counts twice; a central sum has not.
+    """
     keys = {"method": method, "privacy.mode": mode, "server.fraction-train": 0.6, "num-server-rounds": 2}
     run_config = run_config | keys | {"client.local-steps": 1}
     whole = start(run_config, tmp_path / "whole")
@@ -287,12 +290,12 @@ def test_a_resumed_run_has_the_same_bits_and_has_cost_the_same(
         start(run_config, folder, Ending(2, CLIENTS, run_config))
     parts = start(run_config, folder, resume=str(folder))
     assert same(from_arrays(whole.arrays), from_arrays(parts.arrays))
-    costs = [[line.epsilon for line in run.recorder.rounds] for run in (whole, parts)]
-    assert costs[0] == costs[1] != [None] * 3
-    lines = [json.loads(line) for line in parts.recorder.metrics_path.read_text().splitlines()]
     release = Release(CLIENTS, 2) if mode == "central" else Release(2, 2)
     multiplier = 0.5 if method == "spry" else 0.5 / math.sqrt(2)
-    assert [line["epsilon"] for line in lines] == [None, *(epsilon([release] * n, multiplier, 1e-5) for n in (1, 2))]
+    for run, asked in ((whole, (1, 2)), (parts, (1, 2 if mode == "central" else 3))):
+        lines = [json.loads(line) for line in run.recorder.metrics_path.read_text().splitlines()]
+        costs = [epsilon([release] * times, multiplier, 1e-5) for times in asked]
+        assert [line["epsilon"] for line in lines] == [None, *costs]
     assert f"epsilon {lines[-1]['epsilon']:.4g} at delta 1e-05 after 2 rounds" in parts.recorder.promised
     if method == "spry":  # another key, other noise
         other = start(run_config, tmp_path / "other")

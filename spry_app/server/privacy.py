@@ -5,9 +5,11 @@ The mechanism is in the room `privacy`, the arithmetic of epsilon in accountant.
 import dataclasses
 import itertools
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from logging import INFO
+from pathlib import Path
 
 import torch
 from flwr.app import ArrayRecord
@@ -63,16 +65,14 @@ class Guard:
 
 
 class Accounted(Guard):
-    """Counts what rounds cost. Clients have added the noise themselves (mode "local"): all that the server makes of
-    replies is then theirs to share, but for counts and times. Every client has one vote, as it has one bound.
-    """
+    """Counts what rounds cost. Every client has one vote, as it has one bound."""
 
     def __init__(
         self, config: RunConfig, method: Method, state: GlobalState, units: Mapping[str, Sequence[str]], to: Recorder
     ) -> None:
         super().__init__(config, method, state, units, to)
         accounting()  # a run that could not say what it costs does not begin
-        self.releases = [Release(r.sampled_from, r.asked) for r in to.rounds if r.sampled_from is not None]
+        self.releases = self.before()
         self.multiplier = config.privacy.noise_multiplier / (2 * math.sqrt(self._parts()))
 
     def _parts(self) -> int:
@@ -81,9 +81,12 @@ class Accounted(Guard):
         """
         return 2 if self.method.reply == "slopes" and self.state.exact else 1
 
+    def before(self) -> list[Release]:
+        """What a run that goes on has cost."""
+        raise NotImplementedError
+
     def release(self, nodes: int, clients: int, alike: bool) -> Release:
-        """The server knows whom it asks: each client counts as if it were asked every round."""
-        return Release(clients, clients)
+        raise NotImplementedError
 
     def begin(self, tasks: Mapping[int, Task], nodes: int, arrays: ArrayRecord, alike: bool) -> None:
         now, privacy = self.recorder.current, self.config.privacy
@@ -132,10 +135,38 @@ class Accounted(Guard):
         return [(task, dataclasses.replace(reply, examples=1)) for task, reply in accepted]
 
 
+class Local(Accounted):
+    """Clients have added the noise themselves: whatever the server makes of replies costs nothing more. It knows whom
+    it asks, so each client counts as if it were asked every round; and a round that it had begun when it was ended
+    counts too, as it may be begun again with other tasks.
+    """
+
+    def before(self) -> list[Release]:
+        path = self._asked
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [Release(clients, clients) for clients in map(int, lines)]
+
+    @property
+    def _asked(self) -> Path:
+        """How many clients were asked, a line for each time."""
+        return self.recorder.folder / "asked.txt"
+
+    def release(self, nodes: int, clients: int, alike: bool) -> Release:
+        return Release(clients, clients)
+
+    def begin(self, tasks: Mapping[int, Task], nodes: int, arrays: ArrayRecord, alike: bool) -> None:
+        super().begin(tasks, nodes, arrays, alike)
+        with self._asked.open("a") as file:
+            file.write(f"{len(tasks)}\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
 class Central(Accounted):
     """Adds the noise to the sum of the replies, and divides by how many were asked, whoever answers: one client then
     moves the sum by its bound at the most, and nothing else depends on its rows.
 
+    Tensors leave the server once they are in its checkpoint, so a round that was ended before has told nobody anything.
     Where all clients measure along the same directions, their slopes are summed; else their changes are, those that the
     server rebuilds from slopes too, and the slopes are not kept.
     """
@@ -151,6 +182,9 @@ class Central(Accounted):
 
     def _parts(self) -> int:
         return super()._parts() if self._slopes else 1
+
+    def before(self) -> list[Release]:
+        return [Release(r.sampled_from, r.asked) for r in self.recorder.rounds if r.sampled_from is not None]
 
     def order(self, round_: int, nodes: int) -> list[int] | None:
         return self._secret.order(nodes, "order", round_)
@@ -177,11 +211,9 @@ class Central(Accounted):
         found = []
         for group in entry.measured:
             total = {"slopes": torch.tensor(group.slopes, dtype=torch.float64) * group.examples}
-            told = (
-                noisy(total, std, self._secret, "slopes", entry.round, str(_group(group)))["slopes"]
-                / asked[_group(group)]
-            )
-            found.append(dataclasses.replace(group, slopes=tuple(map(tuple, told.tolist()))))
+            told = noisy(total, std, self._secret, "slopes", entry.round, str(_group(group)))["slopes"]
+            mean = (told / asked[_group(group)]).tolist()
+            found.append(dataclasses.replace(group, slopes=tuple(map(tuple, mean))))
         return Entry(entry.round, tuple(found))
 
     def mean(self, accepted: Accepted, as_they_are: Changes, rebuilt: Changes) -> Tensors:
@@ -205,7 +237,7 @@ class Central(Accounted):
         return {name: (value / asked[name]).float() for name, value in told.items()}
 
 
-GUARDS: dict[str, Callable[..., Guard]] = {"": Guard, "local": Accounted, "central": Central}
+GUARDS: dict[str, Callable[..., Guard]] = {"": Guard, "local": Local, "central": Central}
 """privacy.mode -> what keeps its promise on the server."""
 
 

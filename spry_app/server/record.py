@@ -169,6 +169,7 @@ class Recorder:
             "loss": now.loss if now.loss is not None else now.train_loss,
             "accuracy": now.accuracy,
             "personalised": now.personalised_accuracy,
+            "epsilon": now.epsilon,
         }
         numbers = "".join(f"  {name} {value:.4f}" for name, value in shown.items() if value is not None)
         left = now.seconds / now.round * (now.rounds - now.round) if now.round else 0.0
