@@ -15,6 +15,7 @@ ALLOWED: dict[str, set[str]] = {
     "autodiff": set(),
     "slope_log": {"errors"},
     "protocol": {"errors", "slope_log"},
+    "privacy": {"errors", "autodiff"},
     "optimizers": {"autodiff"},
     "models": LEAVES | {"autodiff"},
     "data": LEAVES,
@@ -23,9 +24,10 @@ ALLOWED: dict[str, set[str]] = {
     "objectives": {"autodiff", "models", "prefix", "protocol", "tasks"},
     "prefix": {"models", "tasks"},
     "client": LEAVES
-    | {"autodiff", "data", "methods", "models", "objectives", "optimizers", "prefix", "protocol", "tasks"},
+    | {"autodiff", "data", "methods", "models", "objectives", "optimizers", "prefix", "privacy", "protocol", "tasks"},
     "server": LEAVES
-    | {"autodiff", "data", "methods", "models", "objectives", "optimizers", "prefix", "protocol", "slope_log", "tasks"},
+    | {"autodiff", "data", "methods", "models", "objectives", "optimizers", "prefix", "privacy", "protocol"}
+    | {"slope_log", "tasks"},
     "worker": LEAVES | {"autodiff", "client"},
     "launcher": LEAVES,
     "deploy": LEAVES | {"launcher"},

@@ -62,6 +62,14 @@ PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
             {"adapter.subspace": "random", "adapter.coordinates": 5, "adapter.frame": "singular"},
             "adapter.frame is 'singular', which adapter.subspace 'random' does not use; leave it 'random'",
         ),
+        ({"privacy.noise-multiplier": 2.0}, "keys of `privacy` are set, but privacy.mode is '', which uses none"),
+        ({"privacy.mode": "centre"}, "'', 'central' or 'local'"),
+        ({"privacy.mode": "local", "privacy.noise-multiplier": 0.0}, "greater than or equal to 0.01"),
+        ({"privacy.mode": "local", "privacy.delta": 1.0}, "less than 1"),
+        (
+            {"privacy.mode": "central", "strategy": "own:Mine"},
+            "strategy is 'own:Mine' and privacy.mode 'central', whose noise Spry's own Strategy adds",
+        ),
         (
             {"adapter.subspace": "combined", "adapter.rank": 2, "adapter.coordinates": 5},
             "adapter.coordinates is 5, and adapter.rank 2 leaves 4 a matrix to adapter.subspace 'combined'; lower",

@@ -9,6 +9,7 @@ from flwr.app import ArrayRecord, Context, Message, RecordDict
 from spry_app.autodiff.memory import is_out_of_memory, return_freed_memory
 from spry_app.client.catch_up import tensors_of
 from spry_app.client.node import Node, load_node
+from spry_app.client.privacy import check_scoring, protected
 from spry_app.client.slicing import most_at_once, slices_of
 from spry_app.client.training import train as train_node
 from spry_app.client.trust import check_gradient
@@ -75,11 +76,13 @@ def train(node: Node, message: Message, method: Method, config: RunConfig, state
     task = Task.from_message(message)
     task = dataclasses.replace(task, tensors=tensors_of(task, node, method, config, state))
     check_task(task, node, config)
-    return train_node(node, task, method, config, slices_of(node, method, config, state))
+    reply = train_node(node, task, method, config, slices_of(node, method, config, state))
+    return protected(reply, task, method, config)
 
 
 @_answer
 def evaluate(node: Node, message: Message, method: Method, config: RunConfig, state: RecordDict) -> Score:
+    check_scoring(config)
     task = Task.from_message(message)
     task = dataclasses.replace(task, tensors=tensors_of(task, node, method, config, state))
     check_task(task, node, config)

@@ -9,6 +9,7 @@ from spry_app.config.sections import (
     DataConfig,
     ModelConfig,
     NoiseConfig,
+    PrivacyConfig,
     ServerConfig,
     StopConfig,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "DataConfig",
     "ModelConfig",
     "NoiseConfig",
+    "PrivacyConfig",
     "RunConfig",
     "Scalar",
     "ServerConfig",

@@ -21,6 +21,7 @@ from spry_app.config.sections import (
     DataConfig,
     ModelConfig,
     NoiseConfig,
+    PrivacyConfig,
     Section,
     ServerConfig,
     StopConfig,
@@ -74,6 +75,7 @@ class RunConfig(Section):
     client: ClientConfig = ClientConfig()
     server: ServerConfig = ServerConfig()
     noise: NoiseConfig = NoiseConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     stop: StopConfig = StopConfig()
 
     @field_validator("preset")
@@ -111,6 +113,20 @@ class RunConfig(Section):
             raise ValueError(
                 f"adapter.coordinates is {count}, and adapter.rank {adapter.rank} leaves {most} a matrix to adapter."
                 f"subspace 'combined'; lower adapter.coordinates to {most} or raise adapter.rank"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _privacy_is_what_it_seems(self) -> Self:
+        unused = PrivacyConfig(mode=self.privacy.mode)
+        if not self.privacy.mode and self.privacy != unused:
+            raise ValueError(
+                "keys of `privacy` are set, but privacy.mode is '', which uses none; set it, or leave them"
+            )
+        if self.privacy.mode == "central" and self.strategy:
+            raise ValueError(
+                f"strategy is {self.strategy!r} and privacy.mode 'central', whose noise Spry's own Strategy adds to "
+                "the mean that it makes; leave strategy '', or use privacy.mode 'local'"
             )
         return self
 

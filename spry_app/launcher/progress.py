@@ -57,6 +57,8 @@ def describe(row: Row, first: Row | None) -> str:
         parts.append(f"loss {loss:.3f}")
     if row["accuracy"] is not None:
         parts.append(f"accuracy {row['accuracy']:.1%}")
+    if row.get("epsilon") is not None:
+        parts.append(f"epsilon {row['epsilon']:.3g}")
     if row["answered"] < row["asked"]:
         parts.append(f"{row['answered']} of {row['asked']} devices answered")
     if row["refused"]:

@@ -75,6 +75,12 @@ def get_method(config: RunConfig) -> Method:
             f"client.optimizer={config.client.optimizer!r}: method={config.method!r} averages what clients measured "
             'along shared directions, which stands for the mean of their steps only with client.optimizer="sgd".'
         )
+    if config.privacy.mode == "central" and (method.send, method.seeds) == ("log", "own"):
+        raise SpryError(
+            f"privacy.mode='central': method={config.method!r} sends every client the slopes of each other one "
+            '(send="log"), measured along directions of its own, so no sum of them could carry the noise. Use '
+            'privacy.mode="local", or send="weights", or method="decomfl", whose clients share their directions.'
+        )
     return method
 
 

@@ -3,12 +3,12 @@ sound is decided before (checks.py).
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 
 import torch
 
 from spry_app.config import ServerConfig
+from spry_app.privacy import bounded
 from spry_app.protocol import Tensors, TrainReply
 
 
@@ -31,7 +31,5 @@ def clipped(reply: TrainReply, start: Mapping[str, torch.Tensor], config: Server
 
 def _within(tensors: Tensors, start: Mapping[str, torch.Tensor], most: float) -> Tensors:
     moves = {name: value - start[name] for name, value in tensors.items()}
-    norm = math.sqrt(sum(float(move.double().square().sum()) for move in moves.values()))
-    if norm <= most:
-        return tensors
-    return {name: start[name] + move * (most / norm) for name, move in moves.items()}
+    within = bounded(moves, most)
+    return tensors if within is moves else {name: start[name] + move for name, move in within.items()}

@@ -24,16 +24,23 @@ class Crew:
 
 
 def crew(
-    config: RunConfig, method: Method, state: GlobalState, fleet: Fleet, nodes: list[int], assign: Assign, round_: int
+    config: RunConfig,
+    method: Method,
+    state: GlobalState,
+    fleet: Fleet,
+    nodes: list[int],
+    assign: Assign,
+    round_: int,
+    order: Sequence[int] | None = None,
 ) -> Crew:
-    """Clients drawn from `nodes`, those that are connected.
+    """Clients drawn from `nodes`, those that are connected, or the first so many of them in `order`.
 
     With `noise.target-cosine` each takes no more directions than its units need; where `client.directions` is not
     enough for all, more clients are drawn, an eighth at a time, until it is or there are no more.
     """
     least = config.server.min_train_nodes
     while True:
-        clients = fleet.sample(nodes, config.server.fraction_train, least, (config.seed, round_))
+        clients = fleet.sample(nodes, config.server.fraction_train, least, (config.seed, round_), order)
         units = assign(fleet.memory_mib(clients), round_)
         directions, enough = _directions(config, method, state, units)
         if enough or len(clients) == len(nodes):

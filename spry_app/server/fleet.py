@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from logging import INFO, WARNING
 
 import numpy as np
@@ -65,11 +65,22 @@ class Fleet:
             )
         return sorted(usable, key=lambda node: (self._introductions[node].partition, node))
 
-    def sample(self, nodes: list[int], fraction: float, least: int, seed: tuple[int, ...]) -> list[int]:
-        """A seeded choice of `fraction` of the nodes, at least `least`, in their order."""
+    def sample(
+        self,
+        nodes: list[int],
+        fraction: float,
+        least: int,
+        seed: tuple[int, ...],
+        order: Sequence[int] | None = None,
+    ) -> list[int]:
+        """A seeded choice of `fraction` of the nodes, at least `least`, in their order; or the first so many of `order`
+        (positions in `nodes`), in that order, which then tells nobody who was drawn beside oneself.
+        """
         count = min(len(nodes), max(least, round(fraction * len(nodes))))
-        order = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed))).permutation(len(nodes))
-        return [nodes[index] for index in sorted(order[:count].tolist())]
+        if order is not None:
+            return [nodes[index] for index in order[:count]]
+        drawn = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed))).permutation(len(nodes))[:count]
+        return [nodes[index] for index in sorted(drawn.tolist())]
 
     def memory_mib(self, nodes: list[int]) -> list[float]:
         """What a training step may take on each of these available nodes, MiB; 0.0 where it has not said."""

@@ -31,6 +31,8 @@ class Round:
     may (clipping.py), and were used as far as it may. noise: of the mean of the clients' changes
     (methods.noise): "signal-to-noise" and "cosine" with what would be left without noise, over all units but an exact
     head, and the same of each unit, with how many independent "estimates" that was measured from (1: from theory).
+    epsilon: that all rounds so far have cost, at `privacy.delta`. sampled_from: clients from which `asked` were drawn
+    so that nobody knows which; `asked` where it is known.
     """
 
     round: int
@@ -50,6 +52,8 @@ class Round:
     refused: int = 0
     clipped: int = 0
     noise: dict[str, Any] | None = None
+    epsilon: float | None = None
+    sampled_from: int | None = None
     reasons: list[str] = field(default_factory=list)
 
     def as_json(self) -> str:
@@ -83,6 +87,8 @@ class Recorder:
             self._go_on(after)
         self.score: Score | None = None
         self.warnings: list[str] = []
+        self.promised = ""
+        """What the clients were promised of their privacy (privacy.py)."""
         self.stopped = ""
         """Why the run ends before its last round, once that is decided (stopping.py)."""
 
@@ -168,6 +174,7 @@ class Recorder:
             "loss": now.loss if now.loss is not None else now.train_loss,
             "accuracy": now.accuracy,
             "personalised": now.personalised_accuracy,
+            "epsilon": now.epsilon,
         }
         numbers = "".join(f"  {name} {value:.4f}" for name, value in shown.items() if value is not None)
         left = now.seconds / now.round * (now.rounds - now.round) if now.round else 0.0

@@ -159,6 +159,8 @@ def _write_result(folder: Path, recorder: Recorder, peaks: dict[str, float]) -> 
         "peak-mib": peaks.get("run"),
         "peak-mib-backprop": peaks.get("backprop"),
         "stopped": recorder.stopped or None,
+        "epsilon": recorder.rounds[-1].epsilon,
+        "privacy": recorder.promised or None,
         "warnings": recorder.warnings,
         "rounds": recorder.rounds[-1].round,
         "seconds": recorder.rounds[-1].seconds,

@@ -14,7 +14,7 @@ from spry_app.autodiff.gradients import Gradient
 from spry_app.config import RunConfig
 from spry_app.errors import SpryError
 from spry_app.methods import Method
-from spry_app.methods.global_state import GlobalState, mean_change, merged
+from spry_app.methods.global_state import GlobalState, merged
 from spry_app.methods.noise import Hand
 from spry_app.methods.replay import local_steps, seats
 from spry_app.protocol import (
@@ -37,6 +37,7 @@ from spry_app.server.evaluation import is_due, scoring_tasks, summed
 from spry_app.server.fleet import Fleet
 from spry_app.server.letters import Letters
 from spry_app.server.noise import hands_of, noise_of, too_noisy
+from spry_app.server.privacy import GUARDS
 from spry_app.server.record import Recorder
 from spry_app.slope_log import Entry
 
@@ -67,11 +68,12 @@ class SpryStrategy(Strategy):
         frame: Tensors | None = None,
     ) -> None:
         self.config, self.method, self.units, self.recorder = config, method, units, recorder
-        self.fingerprint, self.score_on_clients = fingerprint, score_on_clients
+        self.fingerprint, self.score_on_clients = fingerprint, score_on_clients and not config.privacy.mode
         self.fleet = Fleet(config.server, fingerprint, frame, recorder.sent)
         self.state = GlobalState(tensors, units, method, config)
         self.downlink = DOWNLINKS[method.send](self.state)
-        if method.reply == "slopes":
+        self.guard = GUARDS[config.privacy.mode](config, method, self.state, units, recorder)
+        if method.reply == "slopes" and self.guard.logs_slopes:
             recorder.log_slopes(units, fingerprint, self.state.digest())
         self.update: Tensors = {}
         """How the last round with a usable reply changed the tensors."""
@@ -97,8 +99,6 @@ class SpryStrategy(Strategy):
         self.update, self.barren_rounds, self.rounds_before = checkpoint.update, progress.barren_rounds, progress.round
         self.downlink = DOWNLINKS[self.method.send](self.state)
 
-    # -- training ------------------------------------------------------------------------------------------------
-
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
@@ -106,7 +106,8 @@ class SpryStrategy(Strategy):
         server_round += self.rounds_before
         self.recorder.begin(server_round)
         nodes = self.fleet.available(grid)
-        clients = crew(self.config, self.method, self.state, self.fleet, nodes, self.assign, server_round)
+        order = self.guard.order(server_round, len(nodes))
+        clients = crew(self.config, self.method, self.state, self.fleet, nodes, self.assign, server_round, order)
         seats_of = seats(self.method, clients.directions, [self.perturbed(units) for units in clients.units])
         due = self.config.evaluates(server_round)
         tensors = self.snapshot()
@@ -120,13 +121,14 @@ class SpryStrategy(Strategy):
                 number=seat.number,
                 sharing=seat.sharing,
                 directions=seat.directions,
-                evaluate=due,
+                evaluate=due and not self.config.privacy.mode,
                 measure=due and index == server_round % len(seats_of),
                 update=self.update_for(units),
             )
             for index, (node, units, seat) in enumerate(zip(clients.nodes, clients.units, seats_of, strict=True))
         }
         self.recorder.current.asked = len(self.tasks)
+        self.guard.begin(self.tasks, len(nodes), arrays, alike=len(set(self.fleet.memory_mib(nodes))) <= 1)
         if server_round == self.rounds_before + 1:
             self.recorder.warn(too_noisy(self.config, self.state, self.method, self.tasks.values()))
         return self._messages(self.tasks, TRAIN)
@@ -174,7 +176,7 @@ class SpryStrategy(Strategy):
             raise SpryError(f"No usable reply in {MOST_BARREN_ROUNDS} rounds; round {server_round}:\n{reasons}")
         if not accepted:
             return None, None
-        before = self.snapshot()
+        before, accepted = self.snapshot(), self.guard.replies(accepted)
         entry = self.entry(accepted)
         self.state.step(server_round, self.pseudo_gradient(accepted), self.hands(accepted))
         after = self.snapshot()
@@ -194,7 +196,7 @@ class SpryStrategy(Strategy):
         rebuilt = list(self.state.changes(self.entry(accepted)))
         changes, hands = [*as_they_are, *rebuilt], self.hands(accepted)
         self.recorder.current.noise = noise_of(self.state, self.method, self.units, changes, hands)
-        return mean_change(as_they_are) | mean_change(rebuilt)
+        return self.guard.mean(accepted, as_they_are, rebuilt)
 
     def hands(self, accepted: list[tuple[Task, TrainReply]]) -> list[Hand]:
         """What these clients perturbed, as their log tells it where there is one."""
@@ -210,7 +212,7 @@ class SpryStrategy(Strategy):
             if reply.slopes
         ]
         (task, _), *_ = accepted
-        return Entry(task.round, merged(measured))
+        return self.guard.released(Entry(task.round, merged(measured)))
 
     def change(self, task: Task, reply: TrainReply) -> Tensors:
         """What one client asks for by tensors: its gradient, or (value sent - value after its training)."""
@@ -275,8 +277,6 @@ class SpryStrategy(Strategy):
             self.fleet.lost(node)
             raise MalformedReply(reason)
         self.downlink.followed(node)
-
-    # -- evaluation on clients -----------------------------------------------------------------------------------
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
