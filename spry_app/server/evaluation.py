@@ -10,6 +10,7 @@ from flwr.serverapp import Grid
 from spry_app.autodiff.directions import Tensors
 from spry_app.config import RunConfig
 from spry_app.protocol import MalformedReply, Score, Task, size_bytes
+from spry_app.server.awaited import Awaited
 from spry_app.server.fleet import Fleet
 from spry_app.server.record import Recorder
 from spry_app.server.stopping import decide
@@ -32,7 +33,9 @@ def scoring_tasks(
     }
 
 
-def summed(replies: Iterable[Message], recorder: Recorder, check: Callable[[Message], None]) -> MetricRecord | None:
+def summed(
+    replies: Iterable[Message], recorder: Recorder, awaited: Awaited, check: Callable[[int, Message], None]
+) -> MetricRecord | None:
     """Make the sum of the clients' scores that of the round; None where there is none.
 
     check: raises MalformedReply for a node that has not answered.
@@ -40,11 +43,13 @@ def summed(replies: Iterable[Message], recorder: Recorder, check: Callable[[Mess
     total = Score(loss=0.0, correct=0, examples=0)
     for message in replies:
         recorder.received(size_bytes(message))
+        node = awaited.sender(message)
         try:
-            check(message)
+            check(node, message)
             total += Score.from_message(message)
         except MalformedReply as error:
-            recorder.refuse(message.metadata.src_node_id, str(error))
+            recorder.refuse(node, str(error))
+    recorder.silent(awaited.given_up())
     if not total.examples:
         return None
     recorder.score = total

@@ -27,6 +27,7 @@ from spry_app.protocol import (
     size_bytes,
     to_arrays,
 )
+from spry_app.server.awaited import Awaited
 from spry_app.server.checkpoint import Checkpoint, Progress
 from spry_app.server.checks import most_forwards, problem
 from spry_app.server.clipping import clipped
@@ -75,6 +76,7 @@ class SpryStrategy(Strategy):
         self.update: Tensors = {}
         """How the last round with a usable reply changed the tensors."""
         self.tasks: dict[int, Task] = {}
+        self.awaited = Awaited()
         self.barren_rounds = 0
         self.rounds_before = 0
         """Those of the run that is resumed; Flower counts from 1 again."""
@@ -135,6 +137,7 @@ class SpryStrategy(Strategy):
             self.downlink.met(node, self.fleet.digest(node))
         outgoing = [self.downlink.outgoing(node, task).to_message(node, message_type) for node, task in tasks.items()]
         messages = [self.fleet.equip(message) for message in outgoing]
+        self.awaited = Awaited(messages)
         self.recorder.sent(sum(map(size_bytes, messages)))
         return messages
 
@@ -167,7 +170,7 @@ class SpryStrategy(Strategy):
         self.recorder.trained([reply for _, reply in accepted])
         self.barren_rounds = 0 if accepted else self.barren_rounds + 1
         if self.barren_rounds == MOST_BARREN_ROUNDS:
-            reasons = "\n".join(f"  {reason}" for reason in now.reasons) or "  no client answered in time"
+            reasons = "\n".join(f"  {reason}" for reason in now.reasons)
             raise SpryError(f"No usable reply in {MOST_BARREN_ROUNDS} rounds; round {server_round}:\n{reasons}")
         if not accepted:
             return None, None
@@ -227,11 +230,11 @@ class SpryStrategy(Strategy):
         """Replies that can be averaged, in the order of the clients (arrival order differs from run to run)."""
         accepted: dict[int, tuple[Task, TrainReply]] = {}
         for message in replies:
-            node = message.metadata.src_node_id
+            node = self.awaited.sender(message)
             self.recorder.received(size_bytes(message))
             task = self.tasks.get(node)
             try:
-                self._check(message)
+                self._check(node, message)
                 reply = TrainReply.from_message(message)
                 reason = self.problem(reply, task) if task else "it was not asked"
             except MalformedReply as error:
@@ -242,6 +245,7 @@ class SpryStrategy(Strategy):
                 self.recorder.refuse(node, "it answered before")
             else:
                 accepted[task.client] = (task, self.clipped(task, reply))
+        self.recorder.silent(self.awaited.given_up())
         return [accepted[client] for client in sorted(accepted)]
 
     def clipped(self, task: Task, reply: TrainReply) -> TrainReply:
@@ -263,9 +267,8 @@ class SpryStrategy(Strategy):
         slopes = task.directions * gradient.slopes_per_direction
         return problem(reply, tensors, steps, slopes, most_forwards(gradient, task.directions))
 
-    def _check(self, message: Message) -> None:
+    def _check(self, node: int, message: Message) -> None:
         """Whether the node has followed and answered. Raises MalformedReply."""
-        node = message.metadata.src_node_id
         reason = message.error.reason or f"Flower error {message.error.code}" if message.has_error() else ""
         reason = reason or refusal_reason(message)
         if reason:
@@ -289,7 +292,7 @@ class SpryStrategy(Strategy):
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Sum the clients' scores into the round's."""
-        return summed(replies, self.recorder, self._check)
+        return summed(replies, self.recorder, self.awaited, self._check)
 
     def summary(self) -> None:
         """Say what will run."""
