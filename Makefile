@@ -10,22 +10,27 @@ ARGS   ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help run test check bench format clean
+.PHONY: help run test test-deploy check bench format clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make run     fine-tune a language model on ten virtual devices (ARGS='...' for spry run)"
-	@echo "make test    run the tests, but for the slow ones"
-	@echo "make check   format, lint, types and all tests: what CI runs"
-	@echo "make bench   what does a step cost in time and memory? (ARGS='--help' for benchmarks.step)"
-	@echo "make format  format the code"
-	@echo "make clean   remove .venv, caches and outputs"
+	@echo "make run         fine-tune a language model on ten virtual devices (ARGS='...' for spry run)"
+	@echo "make test        run the tests, but for the slow ones"
+	@echo "make test-deploy break a server and nodes on loopback, and see what comes of it (ARGS='--only NAME')"
+	@echo "make check       format, lint, types and all tests: what CI runs"
+	@echo "make bench       what does a step cost in time and memory? (ARGS='--help' for benchmarks.step)"
+	@echo "make format      format the code"
+	@echo "make clean       remove .venv, caches and outputs"
 
 run: .venv/installed
 	@$(BIN)/spry run $(ARGS)
 
 test: .venv/installed
 	@$(BIN)/python -m pytest
+
+test-deploy: .venv/installed
+	@$(BIN)/python -m pytest -m "" tests/test_deployment.py tests/test_secured_deployment.py
+	@$(BIN)/python tests/drills.py $(ARGS)
 
 check: .venv/installed
 	@$(BIN)/ruff format --check .

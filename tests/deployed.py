@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from spry_app.cli import app
 from spry_app.launcher.processes import Processes
 from spry_app.launcher.superlink import HOST, SuperLink, environment, free_port
+from spry_app.worker.place import default_place
 
 ROOT = Path(__file__).parent.parent
 UNITS = ROOT / "deploy" / "systemd"
@@ -88,6 +89,11 @@ class Deployment:
 
     def node(self, name: str, config: str, key: Path) -> subprocess.Popen[bytes]:
         """A SuperNode with a folder and a key of its own; config: text of its node.toml."""
+        home, words = self.supernode(name, config, key)
+        return self.processes.start(words, self.log(name), FLWR_HOME=str(home), OMP_NUM_THREADS="1")
+
+    def supernode(self, name: str, config: str, key: Path) -> tuple[Path, list[str]]:
+        """Its folder, and the unit's command in it."""
         box = self.folder / name
         box.mkdir()
         (box / "node.toml").write_text(config)
@@ -98,8 +104,7 @@ class Deployment:
             "9094": free_port(),
         }.items():
             words = [str(new) if word == old else word for word in words]
-        words = self.moved(words, SUPERLINK=f"{HOST}:{self.door}")
-        return self.processes.start(words, self.log(name), FLWR_HOME=str(box), OMP_NUM_THREADS="1")
+        return box, self.moved(words, SUPERLINK=f"{HOST}:{self.door}")
 
     def log(self, name: str) -> Path:
         return self.logs / f"{name}.log"
@@ -130,6 +135,10 @@ class Deployment:
 def deployment(folder: Path) -> Iterator[Deployment]:
     """A running server; everything that it or the test has started is stopped."""
     deployed = Deployment(folder)
-    with deployed.processes:
-        deployed.start()
-        yield deployed
+    try:
+        with deployed.processes:
+            deployed.start()
+            yield deployed
+    finally:
+        for home in filter(Path.is_dir, folder.iterdir()):  # workers outlive the SuperNodes whose messages started them
+            default_place(home).stop()

@@ -1,5 +1,6 @@
 """Slices chosen for a budget of memory: they fit, they are the fast ones, and they change no slope."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from flwr.app import RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spry_app.autodiff.budget import WORKSPACES, DoesNotFit, Slices, fit
+from spry_app.autodiff.budget import SMALLEST, WORKSPACES, DoesNotFit, Slices, fit, halved
 from spry_app.autodiff.directions import Seed
 from spry_app.autodiff.memory import peak_mib
 from spry_app.client.node import Node, load_node
@@ -73,6 +74,28 @@ def test_directions_come_before_examples_and_in_equal_chunks() -> None:
     )  # five fit; 4 + 4 need no more passes
     assert fit(linear(0, 1, 1), batch=8, directions=8, budget_mib=1000.0) == Slices(8, 8)
     assert fit(linear(0, 1, 1), batch=8, directions=1, budget_mib=9.0) == Slices(3, 1)
+
+
+def test_a_trial_without_memory_does_not_fit() -> None:
+    """A step on n examples and k directions takes n k MiB, and there are 20."""
+    trials: list[Slices] = []
+
+    def peak(slices: Slices) -> float:
+        trials.append(slices)
+        takes = slices.micro_batch * slices.directions_at_once
+        return takes if takes <= 20 else math.inf
+
+    assert fit(peak, batch=64, directions=8, budget_mib=1000.0) == Slices(2, 8)
+    assert fit(peak, batch=64, directions=64, budget_mib=1000.0) == Slices(1, 16)
+    assert len(trials) <= 2 * 16
+
+
+def test_less_and_less_ends_with_the_smallest() -> None:
+    slices = [Slices(6, 3)]
+    while slices[-1] != SMALLEST:
+        slices.append(halved(slices[-1]))
+    assert slices[1:5] == [Slices(3, 3), Slices(1, 3), Slices(1, 1), Slices(1, 1, WORKSPACES[1])]
+    assert halved(SMALLEST) == SMALLEST
 
 
 @pytest.fixture(scope="module")

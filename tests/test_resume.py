@@ -112,6 +112,22 @@ def test_a_round_that_changed_nothing_counts_as_one(run_config: dict, tmp_path: 
     assert [line.answered for line in parts.recorder.rounds] == [0, 2, 0, 2, 2]
 
 
+def test_lines_that_were_cut_short_are_written_again(run_config: dict, tmp_path: Path) -> None:
+    """A disk that is full, or a process that is killed, may leave a part of a line."""
+    run_config = run_config | {"method": "spry-per-iteration"}
+    whole = start(run_config, tmp_path / "whole")
+    folder = tmp_path / "parts"
+    end_early(run_config, folder, 3)
+    for name in ("metrics.jsonl", "slopes.jsonl"):
+        with (folder / name).open("a") as file:
+            file.write('{"round": 3, "rou')
+    parts = start(run_config, folder, resume=str(folder))
+    assert same(from_arrays(whole.arrays), from_arrays(parts.arrays))
+    for name in ("metrics.jsonl", "slopes.jsonl"):
+        lines = [json.loads(line) for line in (folder / name).read_text().splitlines()]
+        assert [line["round"] for line in lines if "round" in line][-ROUNDS:] == [1, 2, 3, 4]
+
+
 @pytest.mark.parametrize(
     ("keys", "sentence"),
     [

@@ -147,9 +147,9 @@ def _train(grid: LocalGrid, made: Federation, **changed: Any) -> Message:
 
 
 def test_a_worker_killed_in_the_middle_fails_that_message_alone(tmp_path: Path, node: Place) -> None:
-    run = tiny_run(tmp_path)
-    made = Federation(tmp_path / "run", run)
-    introduced(introduce(LocalGrid(2, run), made.adapted.fingerprint))
+    run = tiny_run(tmp_path) | {"client.directions": 512, "client.directions-at-once": 256}
+    made, grid = Federation(tmp_path / "run", run), LocalGrid(2, run)
+    introduced(introduce(grid, made.adapted.fingerprint))
     pid = of(node)["pid"]
 
     def kill() -> None:
@@ -160,27 +160,36 @@ def test_a_worker_killed_in_the_middle_fails_that_message_alone(tmp_path: Path, 
     killer = threading.Thread(target=kill)
     killer.start()
     with pytest.raises(SpryError, match=rf"process {pid}\) ended in the middle.*memory-budget-mib.*worker\.log"):
-        _train(LocalGrid(2, run), made, **{"client.local-steps": 100000})
+        _train(grid, made, **{"client.local-steps": 100000})
     killer.join()
     assert health(node) is None
-    introduced(introduce(LocalGrid(2, run), made.adapted.fingerprint))
+    state = grid.contexts[NODE].state
+    before = dict(state["slices"])
+    assert "metrics" in _train(grid, made, **{"client.local-steps": 2}).content
     assert of(node)["pid"] != pid
+    after = dict(grid.contexts[NODE].state["slices"])  # the system may have ended it for its memory
+    assert (before["micro_batch"], after["micro_batch"]) == (4, 2)
+    assert not node.at_work.exists()
 
 
-def test_a_worker_without_memory_refuses_and_stays(tmp_path: Path, node: Place) -> None:
+def test_a_worker_without_memory_refuses_and_takes_less_until_it_has_enough(tmp_path: Path, node: Place) -> None:
     """512 directions at once over 64 rows take hundreds of MiB, and it may have 40 more."""
-    run = tiny_run(tmp_path) | {"client.directions": 512}
-    made = Federation(tmp_path / "run", run)
-    introduced(introduce(LocalGrid(1, run), made.adapted.fingerprint))
+    large = {"client.directions-at-once": 512, "client.micro-batch": 64, "client.batch-size": 64}
+    run = tiny_run(tmp_path) | {"client.directions": 512} | large
+    made, grid = Federation(tmp_path / "run", run), LocalGrid(1, run)
+    introduced(introduce(grid, made.adapted.fingerprint))
     worker = psutil.Process(of(node)["pid"])
     free = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
     worker.rlimit(psutil.RLIMIT_AS, (worker.memory_info().vms + 40 * 2**20, resource.RLIM_INFINITY))
-    large = {"client.directions-at-once": 512, "client.micro-batch": 64, "client.batch-size": 64}
-    said = refusal_reason(_train(LocalGrid(1, run), made, **large))
+    said = []
+    while reason := refusal_reason(reply := _train(grid, made)):
+        said.append(reason)
     worker.rlimit(psutil.RLIMIT_AS, free)
-    assert "out of memory" in said
-    assert "client.memory-budget-mib" in said
-    assert "metrics" in _train(LocalGrid(1, run), made, **{"client.directions": 2}).content
+    assert "out of memory" in said[0]
+    assert "client.memory-budget-mib" in said[0]
+    assert "takes 32 examples and 512 directions at once" in said[0]
+    assert 1 <= len(said) < 10
+    assert "metrics" in reply.content
     assert of(node)["pid"] == worker.pid
 
 

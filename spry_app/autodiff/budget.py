@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from spry_app.autodiff.workspace import DEFAULT_BYTES
 
@@ -30,13 +30,24 @@ class DoesNotFit(ValueError):
 
 WORKSPACES = tuple(DEFAULT_BYTES // 4**halving for halving in range(4))
 """Small temporaries mean many small operations, so they are the last thing to give."""
+SMALLEST = Slices(1, 1, min(WORKSPACES))
+
+
+def halved(slices: Slices) -> Slices:
+    """What takes less: half the examples; where it is one, half the directions; then smaller temporaries."""
+    if slices.micro_batch > 1:
+        return replace(slices, micro_batch=slices.micro_batch // 2)
+    if slices.directions_at_once > 1:
+        return replace(slices, directions_at_once=slices.directions_at_once // 2)
+    return replace(slices, workspace_bytes=max(slices.workspace_bytes // 4, SMALLEST.workspace_bytes))
 
 
 def fit(peak_mib: Callable[[Slices], float], batch: int, directions: int, budget_mib: float) -> Slices:
     """The fastest slices found that stay within the budget, by a handful of trials. Raises DoesNotFit.
 
-    `peak_mib` runs a step on the worst examples in the slices it is given, and must grow with each of them. Directions
-    that share a pass save most (n cost 1 + n passes), so they come before larger micro-batches.
+    `peak_mib` runs a step on the worst examples in the slices it is given, and must grow with each of them; infinite
+    where there was no memory to finish it. Directions that share a pass save most (n cost 1 + n passes), so they come
+    before larger micro-batches.
     """
     least = math.inf
     for workspace_bytes in WORKSPACES:
@@ -65,7 +76,8 @@ def _largest(peak: Callable[[int], float], one: float, most: int, budget: float)
     if would <= budget:
         return most
     while fails - fits > max(1, fits // 8):
-        guess = fits + math.floor((fails - fits) * (budget - takes) / max(would - takes, 1e-9))
+        part = 0.5 if would == math.inf else (budget - takes) / max(would - takes, 1e-9)
+        guess = fits + math.floor((fails - fits) * part)
         trial = min(max(guess, fits + 1), fails - 1)
         memory = peak(trial)
         if memory <= budget:

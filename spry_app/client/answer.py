@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 from flwr.app import ArrayRecord, Context, Message, RecordDict
 
+from spry_app.autodiff.budget import Slices
 from spry_app.autodiff.memory import is_out_of_memory, return_freed_memory
 from spry_app.client.catch_up import tensors_of
 from spry_app.client.node import Node, load_node
 from spry_app.client.privacy import check_scoring, protected
-from spry_app.client.slicing import most_at_once, slices_of
+from spry_app.client.slicing import give_less, most_at_once, slices_of
 from spry_app.client.training import train as train_node
 from spry_app.client.trust import check_gradient
 from spry_app.config import RunConfig
@@ -53,7 +54,7 @@ def _answer(work: Work) -> Answer:
             if not is_out_of_memory(error):
                 raise
         return_freed_memory()  # out of the handler: what it caught holds every tensor of the step
-        return refusal(message, _out_of_memory(context))
+        return refusal(message, _out_of_memory(context, give_less(context.state)))
 
     return answer
 
@@ -93,12 +94,17 @@ def evaluate(node: Node, message: Message, method: Method, config: RunConfig, st
 ANSWERS: dict[str, Answer] = {"introduce": introduce, "train": train, "evaluate": evaluate}
 
 
-def _out_of_memory(context: Context) -> SpryError:
+def _out_of_memory(context: Context, less: Slices | None) -> SpryError:
+    now = (
+        f" From now on it takes {less.micro_batch} examples and {less.directions_at_once} directions at once."
+        if less
+        else ""
+    )
     budget = context.node_config.get("memory-budget-mib") or context.run_config.get("client.memory-budget-mib")
     return SpryError(
         f"This node was out of memory. Its budget for a step is {f'{budget} MiB' if budget else 'not set'}: set "
         "client.memory-budget-mib (or the node config's memory-budget-mib) to less than is free beside the model, or "
-        '"auto", or lower client.batch-size.'
+        f'"auto", or lower client.batch-size.{now}'
     )
 
 

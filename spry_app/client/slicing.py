@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ import psutil
 import torch
 from flwr.app import ConfigRecord, RecordDict
 
-from spry_app.autodiff.budget import DoesNotFit, Slices, fit
+from spry_app.autodiff.budget import SMALLEST, DoesNotFit, Slices, fit, halved
 from spry_app.autodiff.directions import Seed
-from spry_app.autodiff.memory import MIB, peak_mib
+from spry_app.autodiff.memory import MIB, is_out_of_memory, peak_mib, return_freed_memory
 from spry_app.client.node import Node
 from spry_app.client.step import Step
 from spry_app.config import ADAPTER_KEYS, RunConfig
@@ -32,8 +33,22 @@ def slices_of(node: Node, method: Method, config: RunConfig, state: RecordDict) 
     if known is not None:
         return Slices(**known)
     chosen = _choose(node, method, config)
-    state["slices"] = ConfigRecord(dict(dataclasses.asdict(chosen)))
+    _keep(chosen, state)
     return chosen
+
+
+def give_less(state: RecordDict) -> Slices | None:
+    """Smaller slices for the rest of the run, after a step that was out of memory; None where none were chosen yet."""
+    known: Any = state.get("slices")
+    if known is None:
+        return None
+    less = halved(Slices(**known))
+    _keep(less, state)
+    return less
+
+
+def _keep(slices: Slices, state: RecordDict) -> None:
+    state["slices"] = ConfigRecord(dict(dataclasses.asdict(slices)))
 
 
 def most_at_once(node: Node, config: RunConfig) -> int:
@@ -46,7 +61,8 @@ def _choose(node: Node, method: Method, config: RunConfig) -> Slices:
     client = config.client
     budget = node.memory_mib or _mib(client.memory_budget_mib, node.adapted.device)
     if not budget:
-        return Slices(client.micro_batch or client.batch_size, client.directions_at_once)
+        examples = min(client.micro_batch or client.batch_size, client.batch_size)
+        return Slices(examples, min(client.directions_at_once, client.directions))
     units, tensors = node.adapted.units, node.adapted.tensors()
     exact = exact_names(units, method, config.head_gradient)
     longest = node.train.by_length(range(len(node.train)))[::-1]
@@ -54,7 +70,13 @@ def _choose(node: Node, method: Method, config: RunConfig) -> Slices:
     def peak(slices: Slices) -> float:
         step = Step(node, method.gradient, exact, client.directions, slices)
         rows = list(itertools.islice(itertools.cycle(longest), slices.micro_batch))
-        return peak_mib(lambda: step.estimate(rows, tensors, Seed(0, 0, 0, 0)), node.adapted.device)
+        try:
+            return peak_mib(lambda: step.estimate(rows, tensors, Seed(0, 0, 0, 0)), node.adapted.device)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error) or slices == SMALLEST:
+                raise
+        return_freed_memory()
+        return math.inf
 
     try:
         chosen = fit(peak, client.batch_size, client.directions if method.gradient.slopes else 1, budget)

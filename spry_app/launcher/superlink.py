@@ -70,7 +70,7 @@ class SuperLink:
     def __init__(self, processes: Processes, logs: Path) -> None:
         self._processes = processes
         self._logs = logs
-        self._server: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | None = None
         self.port = free_port()
         self.log = logs / "superlink.log"
 
@@ -82,10 +82,10 @@ class SuperLink:
             f'[superlink]\ndefault = "spry"\n\n[superlink.spry]\naddress = "{HOST}:{self.port}"\ninsecure = true\n'
         )
         command = ["flower-superlink", "--insecure", "--host", HOST, "--port", str(self.port), *options]
-        self._server = self._processes.start(command, self.log)
+        self.process = self._processes.start(command, self.log)
         deadline = time.monotonic() + timeout_s
         while not self._answers():
-            if self._server.poll() is not None or time.monotonic() > deadline:
+            if self.process.poll() is not None or time.monotonic() > deadline:
                 raise SpryError(f"Flower's SuperLink did not start on {HOST}:{self.port}.\n{last_lines(self.log)}")
             time.sleep(0.05)
         self._processes.note_descendants()

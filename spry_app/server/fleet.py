@@ -25,6 +25,8 @@ from spry_app.protocol import (
 from spry_app.server.letters import Letters
 
 _POLL_S = 0.5
+MOST_TRIES = 3
+"""Introductions that may fail or stay without an answer before a node is left out for the rest of the run."""
 
 
 class Fleet:
@@ -47,6 +49,8 @@ class Fleet:
         """Nodes that were sent the frame, and have not failed since."""
         self._introductions: dict[int, Introduction] = {}
         self._refused: dict[int, str] = {}
+        """Nodes that are not asked again, and why."""
+        self._failed: Counter[int] = Counter()
 
     def available(self, grid: Grid) -> list[int]:
         """Connected, usable nodes, in the order of their partitions (node ids differ from run to run).
@@ -54,9 +58,12 @@ class Fleet:
         Waits for `server.min-available-nodes`; raises SpryError when fewer came in time or can be used.
         """
         needed = self._config.min_available_nodes
-        connected = self._wait(grid, needed)
-        self._meet(grid, [node for node in connected if node not in self._introductions and node not in self._refused])
-        usable = [node for node in connected if node in self._introductions]
+        while True:
+            connected = self._wait(grid, needed)
+            self._meet(grid, [node for node in connected if not self._known(node)])
+            usable = [node for node in connected if node in self._introductions]
+            if len(usable) >= needed or all(map(self._known, connected)):
+                break
         if len(usable) < needed:
             reasons = Counter(self._refused[node] for node in connected if node in self._refused)
             raise SpryError(
@@ -102,6 +109,9 @@ class Fleet:
         """The node has refused or failed, and may have forgotten what it was sent."""
         self._holding.discard(node)
 
+    def _known(self, node: int) -> bool:
+        return node in self._introductions or node in self._refused
+
     def _wait(self, grid: Grid, needed: int) -> list[int]:
         deadline = time.monotonic() + self._config.wait_timeout_s
         while True:
@@ -122,24 +132,33 @@ class Fleet:
         requests = [self.equip(introduction_request(node, self._fingerprint)) for node in nodes]
         if self._frame is not None:
             self._sent(sum(map(size_bytes, requests)))
-        letters = Letters(requests)
+        letters, failures = Letters(requests), dict.fromkeys(nodes, "no answer within server.round-timeout-s")
         for reply in grid.send_and_receive(requests, timeout=self._config.round_timeout_s):
             try:
                 node = letters.sender(reply)
             except MalformedReply as error:
                 log(WARNING, "An introduction of node %s is not used: %s", reply.metadata.src_node_id, error)
+                continue
+            if reply.has_error():
+                failures[node] = said(reply.error.reason or f"Flower error {reply.error.code}")
             else:
                 self._read(node, reply)
         for node in nodes:
             if node not in self._introductions:
-                reason = self._refused.setdefault(node, "no answer within server.round-timeout-s")
-                log(WARNING, "Node %s cannot be used: %s", node, reason)
+                self._fail(node, failures[node])
+
+    def _fail(self, node: int, reason: str) -> None:
+        """What was the node's own answer stays; what happened to it may pass."""
+        self.lost(node)
+        self._failed[node] += 1
+        if self._failed[node] == MOST_TRIES:
+            self._refused.setdefault(node, reason)
+        again = "" if node in self._refused else "; it is asked again"
+        log(WARNING, "Node %s cannot be used: %s%s", node, self._refused.get(node, reason), again)
 
     def _read(self, node: int, reply: Message) -> None:
         try:
-            reason = reply.error.reason or f"Flower error {reply.error.code}" if reply.has_error() else ""
-            reason = reason or refusal_reason(reply)
-            if reason:
+            if reason := refusal_reason(reply):
                 raise MalformedReply(reason)
             introduction = Introduction.from_message(reply)
             if introduction.fingerprint != self._fingerprint:

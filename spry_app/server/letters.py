@@ -1,4 +1,6 @@
-"""Which node a reply comes from: the one that was sent the message which it answers. What it says is not read here."""
+"""Which node a reply comes from, the one that was sent the message which it answers, and which have not answered. What
+they say is not read here.
+"""
 
 import functools
 from collections.abc import Iterable
@@ -37,3 +39,7 @@ class Letters:
             raise MalformedReply("it answered before")
         self._answered.add(answers)
         return node
+
+    def unanswered(self) -> list[int]:
+        """The nodes of which no reply has come."""
+        return sorted(sent.dst_node_id for sent in self._sent if sent.message_id not in self._answered)

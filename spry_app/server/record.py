@@ -73,11 +73,11 @@ class Recorder:
     def __init__(self, folder: Path, config: RunConfig, after: int | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self._flat = folder, config.flat()
-        (folder / "config.json").write_text(json.dumps(self._flat, indent=2) + "\n")
+        _write_whole(folder / "config.json", json.dumps(self._flat, indent=2) + "\n")
         self._slopes: SlopeLog | None = None
         self.metrics_path = folder / "metrics.jsonl"
         self.rounds: list[Round] = []
-        self._total = config.num_server_rounds
+        self._total, self._patience_s = config.num_server_rounds, config.server.round_timeout_s
         self._start = time.monotonic()
         self._bytes_up = self._bytes_down = 0
         self._forwards = 0.0
@@ -106,14 +106,13 @@ class Recorder:
     def _go_on(self, after: int) -> None:
         """Take over what was spent until round `after`; what was written of later rounds is written again."""
         try:
-            lines = [Round.from_json(line) for line in self.metrics_path.read_text().splitlines()]
+            whole = self.metrics_path.read_text().split("\n")[:-1]  # what follows the last end of line was cut short
+            lines = [Round.from_json(line) for line in whole]
             self.rounds = [line for line in lines if line.round <= after]
             last = self.rounds[-1]
         except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
             raise SpryError(f"{self.folder} cannot be resumed: its metrics.jsonl cannot be read ({error}).") from None
-        fresh = self.metrics_path.with_suffix(".new")
-        fresh.write_text("".join(line.as_json() + "\n" for line in self.rounds))
-        fresh.replace(self.metrics_path)
+        _write_whole(self.metrics_path, "".join(line.as_json() + "\n" for line in self.rounds))
         self._bytes_up, self._bytes_down = round(last.mib_up * MIB), round(last.mib_down * MIB)
         self._forwards, self._start = last.forwards, self._start - last.seconds
 
@@ -146,6 +145,14 @@ class Recorder:
         self.current.reasons.append(f"node {node}: {reason}")
         log(INFO, "Reply of node %s refused: %s", node, reason)
 
+    def silent(self, nodes: Sequence[int]) -> None:
+        """Say which nodes have not answered in time."""
+        for node in nodes:
+            self.current.reasons.append(
+                f"node {node}: no answer within server.round-timeout-s ({self._patience_s:g} s)"
+            )
+            log(INFO, "%s", self.current.reasons[-1])
+
     def warn(self, sentence: str) -> None:
         """Say and keep what whoever started the run should know; an empty sentence is none."""
         if sentence:
@@ -164,9 +171,9 @@ class Recorder:
         now, score = self.measured(), score or self.score
         if score is not None and score.examples:
             now.loss, now.accuracy = score.loss / score.examples, score.correct / score.examples
-        self.rounds.append(now)
         with self.metrics_path.open("a") as file:
             file.write(now.as_json() + "\n")
+        self.rounds.append(now)
         log(INFO, "%s", self._sentence(now))
 
     def _sentence(self, now: Round) -> str:
@@ -182,3 +189,10 @@ class Recorder:
             f"round {now.round}/{now.rounds}{numbers}  clients {now.answered}/{now.asked}  "
             f"sent {now.mib_down:.2f} MiB  received {now.mib_up:.2f} MiB  {left:.0f} s left"
         )
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Replace the file, or, where there is no room for the new one, leave it as it is."""
+    fresh = path.with_suffix(".new")
+    fresh.write_text(text)
+    fresh.replace(path)

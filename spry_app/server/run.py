@@ -1,7 +1,9 @@
 """A run from its config to its result: load, federate, evaluate, save. The rounds themselves are the Strategy's."""
 
+import errno
 import functools
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any, cast
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
+from safetensors import SafetensorError
 
 from spry_app.autodiff.memory import MIB
 from spry_app.config import RunConfig
@@ -49,6 +52,22 @@ def run(grid: Grid, context: Context) -> None:
     """Everything a run does. Raises (never exits) where it fails, so that Flower marks the run as failed."""
     config = RunConfig.from_flower(context.run_config)
     folder = Path(config.resume or Path(config.output_dir, str(context.run_id))).expanduser().resolve()
+    try:
+        _run(grid, config, folder)
+    except (OSError, SafetensorError) as error:
+        if not _is_disk_full(error):
+            raise
+        raise SpryError(
+            f"The disk of {folder} is full ({error}). What its last checkpoint holds is kept: make room, and start a "
+            f"run with resume={str(folder)!r} and the same settings."
+        ) from error
+
+
+def _is_disk_full(error: Exception) -> bool:
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error)
+
+
+def _run(grid: Grid, config: RunConfig, folder: Path) -> None:
     done = federate(grid, config, folder)
     rounds = done.recorder.rounds
     save_adapter(done.adapted, from_arrays(done.arrays), folder / "adapter")

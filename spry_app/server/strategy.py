@@ -172,7 +172,7 @@ class SpryStrategy(Strategy):
         self.recorder.trained([reply for _, reply in accepted])
         self.barren_rounds = 0 if accepted else self.barren_rounds + 1
         if self.barren_rounds == MOST_BARREN_ROUNDS:
-            reasons = "\n".join(f"  {reason}" for reason in now.reasons) or "  no client answered in time"
+            reasons = "\n".join(f"  {reason}" for reason in now.reasons)
             raise SpryError(f"No usable reply in {MOST_BARREN_ROUNDS} rounds; round {server_round}:\n{reasons}")
         if not accepted:
             return None, None
@@ -243,6 +243,7 @@ class SpryStrategy(Strategy):
                 accepted[task.client] = (task, self.clipped(task, reply))
             except MalformedReply as error:
                 self.recorder.refuse(node, str(error))
+        self.recorder.silent(self.letters.unanswered())
         return [accepted[client] for client in sorted(accepted)]
 
     def clipped(self, task: Task, reply: TrainReply) -> TrainReply:

@@ -76,8 +76,8 @@ def _answer(place: Place, worker: socket.socket, pid: int) -> tuple[Header, Bodi
     except WireError as error:
         raise SpryError(
             f"The worker of this node (process {pid}) ended in the middle of this message; the next one starts "
-            "another. Where the system was out of memory, lower client.memory-budget-mib, or the node config's "
-            f"memory-budget-mib. Its log: {place.log}"
+            "another, with smaller steps where this one trained. Where the system was out of memory, lower "
+            f"client.memory-budget-mib, or the node config's memory-budget-mib. Its log: {place.log}"
         ) from error
 
 

@@ -1,6 +1,8 @@
 """What a job is: a message and the node's context, answered as in Flower's own process. Nothing of sockets is here."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from spry_app.autodiff.memory import return_freed_memory
 from spry_app.client.answer import ANSWERS
 from spry_app.client.node import forget_nodes, models_loaded
+from spry_app.client.slicing import give_less
 from spry_app.config import RunConfig
 from spry_app.errors import SpryError
 from spry_app.worker.wire import Bodies, Header
@@ -23,10 +26,12 @@ logger = logging.getLogger(__name__)
 class Jobs:
     """Does one after the other, with the rows that the run's last one has loaded, and the model where it is the same.
 
-    A new run reads the rows again: a node's own file may have grown.
+    A new run reads the rows again: a node's own file may have grown. at_work: a file that says whose training is going
+    on; where the worker before this one has left it, the system may have ended that for its memory.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, at_work: Path) -> None:
+        self._at_work = at_work
         self._model = ""
         self._loads = 0
         self._run: tuple[object, ...] = ()
@@ -42,11 +47,27 @@ class Jobs:
             action = ANSWERS[header["do"]]
             message, context = _read(bodies)
             self._make_room(context)
-            reply = action(message, context)
+            with self._marked(header["do"], context):
+                reply = action(message, context)
             return {}, [recorddict_to_proto(records).SerializeToString() for records in (reply.content, context.state)]
         except Exception as error:  # ours or the caller's: the worker stays
             logger.exception("A job failed")
             return {"error": _short(error)}, []
+
+    @contextmanager
+    def _marked(self, action: str, context: Context) -> Iterator[None]:
+        """Give less to a node whose training has ended its worker."""
+        whose = f"run {context.run_id}, node {context.node_id}"
+        if self._at_work.exists():
+            less = give_less(context.state) if self._at_work.read_text() == whose else None
+            logger.warning("The worker before this one ended while it trained; now: %s", less or "another run or node")
+            self._at_work.unlink()
+        try:
+            if action == "train":
+                self._at_work.write_text(whose)
+            yield
+        finally:
+            self._at_work.unlink(missing_ok=True)
 
     def _make_room(self, context: Context) -> None:
         """Let go of what only other runs need, before this one loads: both at once may be too much."""

@@ -37,7 +37,7 @@ def live(place: Place, idle_s: float, code: str = "", descriptors: str = "") -> 
     try:
         logger.info("Listening on %s", place.socket)
         server.open()
-        other = _serve(server)
+        other = _serve(server, place)
     except BaseException:
         place.socket.unlink(missing_ok=True)
         raise
@@ -48,10 +48,10 @@ def live(place: Place, idle_s: float, code: str = "", descriptors: str = "") -> 
     return 0
 
 
-def _serve(server: Server) -> Header | None:
+def _serve(server: Server, place: Place) -> Header | None:
     from spry_app.worker.jobs import Jobs  # torch: after the door is open, so that callers can wait
 
-    jobs = Jobs()
+    jobs = Jobs(place.at_work)
     server.facts = jobs.facts
     return server.serve(jobs)
 

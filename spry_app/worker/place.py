@@ -42,6 +42,11 @@ class Place:
         """What a worker writes that was started by a message."""
         return self.socket.with_suffix(".log")
 
+    @property
+    def at_work(self) -> Path:
+        """Is there while a node's model is trained."""
+        return self.socket.with_suffix(".training")
+
     def prepare(self) -> None:
         """Make the folder; raises SpryError where others may enter it or the path is too long for a socket."""
         folder = self.socket.parent
