@@ -50,7 +50,7 @@ def summed(
             total += Score.from_message(message)
         except MalformedReply as error:
             recorder.refuse(node, str(error))
-    recorder.silent(letters.unanswered())
+    recorder.silent(letters.given_up())
     if not total.examples:
         return None
     recorder.score = total

@@ -40,6 +40,8 @@ class Letters:
         self._answered.add(answers)
         return node
 
-    def unanswered(self) -> list[int]:
-        """The nodes of which no reply has come."""
-        return sorted(sent.dst_node_id for sent in self._sent if sent.message_id not in self._answered)
+    def given_up(self) -> list[int]:
+        """The nodes of which no reply has come; their letters do not wait any more."""
+        waiting = [sent for sent in self._sent if sent.message_id not in self._answered]
+        self._answered |= {sent.message_id for sent in waiting}
+        return sorted(sent.dst_node_id for sent in waiting)

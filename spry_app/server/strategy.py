@@ -243,7 +243,7 @@ class SpryStrategy(Strategy):
                 accepted[task.client] = (task, self.clipped(task, reply))
             except MalformedReply as error:
                 self.recorder.refuse(node, str(error))
-        self.recorder.silent(self.letters.unanswered())
+        self.recorder.silent(self.letters.given_up())
         return [accepted[client] for client in sorted(accepted)]
 
     def clipped(self, task: Task, reply: TrainReply) -> TrainReply:
