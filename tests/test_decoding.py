@@ -12,7 +12,7 @@ from flwr.app import Array, ArrayRecord
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spry_app.protocol import MalformedReply, from_arrays, to_arrays
+from spry_app.protocol import MalformedReply, Score, from_arrays, introduction_request, size_bytes, to_arrays
 from spry_app.slope_log import unpack
 
 
@@ -34,6 +34,23 @@ def test_no_pickle_is_run_though_it_would_be_by_who_allowed_it() -> None:
     np.load(io.BytesIO(object_array()), allow_pickle=True)
     assert Touch.called
     Touch.called = False
+
+
+@pytest.mark.parametrize(("shape", "kind"), [((2**40,), "float32"), ((2,), "\ud800")])
+def test_what_could_not_have_come_over_a_wire_is_refused(shape: tuple[int, ...], kind: str) -> None:
+    """Flower reads shape and dtype from JSON, where they may be what its protobuf cannot hold."""
+    message = introduction_request(5, "f")
+    message.content["arrays"] = ArrayRecord({"x": Array(kind, shape, "numpy.ndarray", b"x")})
+    with pytest.raises(MalformedReply, match="cannot be serialised"):
+        size_bytes(message)
+
+
+@pytest.mark.parametrize(
+    "score", [Score(1e300, 1, 2), Score(math.nan, 1, 2), Score(1.0, 2**40, 2**40), Score(1.0, 0, 0)]
+)
+def test_an_impossible_score_is_refused(score: Score) -> None:
+    with pytest.raises(MalformedReply, match="an impossible score"):
+        Score.from_message(score.to_message(introduction_request(5, "f")))
 
 
 BOMBS = [npy(shape, kind, b"12345678") for shape in SHAPES for kind in FORMATS] + list(PAYLOADS)
@@ -75,3 +92,26 @@ def test_any_numbers_are_a_slope_log_or_a_value_error(counts: list, slopes: list
         assert isinstance(unpack(counts, slopes), tuple)
     except ValueError as error:
         assert str(error)
+
+
+@pytest.mark.parametrize(
+    ("counts", "slopes"),
+    [
+        ([1, 1, 0, 0, 1, 10**7, 0, 0], []),  # steps of nothing
+        ([1, 1, 0, 0, 1, 10**6, 10**6, 0], [1.0]),
+        ([1, 1, 0, 0, 1, 1, 1, 10**12], [1.0]),
+        ([1, 10**12], []),
+        ([-1, 0], []),
+        ([True, 0], []),
+        ([2**64, 0], []),
+        ([1, 1, 0, 0, 1, 1, 1, 0], [math.nan]),
+        ([1, 1, 0, 0, 1, 1, 1, 0], ["1.0"]),
+    ],
+)
+def test_a_log_that_says_it_is_long_costs_nothing(counts: list[int], slopes: list[float]) -> None:
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="slope log"):
+        unpack(counts, slopes)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20

@@ -1,5 +1,6 @@
 """Scalars both ways: a client that follows the slope log holds the server's bits, whatever it has missed."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from spry_app.autodiff.directions import Seed, direction
 from spry_app.cli import app
 from spry_app.config import RunConfig
 from spry_app.errors import SpryError
-from spry_app.methods import METHODS, get_method
-from spry_app.methods.global_state import merged
+from spry_app.methods import METHODS, Method, get_method
+from spry_app.methods.global_state import GlobalState, merged
 from spry_app.protocol import Task, from_arrays
 from spry_app.server.downlink import Log
 from spry_app.slope_log import Entry, Measured, SlopeLog, exact_path, pack, read, unpack
@@ -285,3 +286,25 @@ def main_status(*arguments: str) -> int:
     with pytest.raises(SystemExit) as ended:
         app(list(arguments))
     return int(ended.value.code or 0)
+
+
+@pytest.mark.parametrize(
+    "measured",
+    [
+        Measured(0, (7,), 8, ((0.5,),)),
+        Measured(0, (0,), 0, ((0.5,),)),
+        Measured(0, (0,), 8, ()),
+        Measured(0, (0,), 8, ((0.5, 0.5, 0.5),)),
+    ],
+    ids=["no such unit", "no examples", "no slopes", "an odd slope"],
+)
+def test_what_another_model_or_method_measured_is_not_followed(measured: Measured) -> None:
+    config = RunConfig.from_flower({"method": "decomfl"})
+    state = GlobalState({"a": torch.zeros(2)}, {"u": ("a",)}, _two_a_direction(get_method(config)), config)
+    with pytest.raises(SpryError, match="Round 1 of the slope log has"):
+        state.follow(Entry(1, (measured,)))
+    assert not state.tensors["a"].any()
+
+
+def _two_a_direction(method: Method) -> Method:
+    return dataclasses.replace(method, gradient=dataclasses.replace(method.gradient, slopes_per_direction=2))
