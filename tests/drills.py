@@ -96,23 +96,25 @@ def main() -> int:
     names = [drill.name for drill in DRILLS]
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     only = parser.parse_args().only
-    temporary = Path(tempfile.mkdtemp(prefix="d", dir="/tmp"))
+    with tempfile.TemporaryDirectory(prefix="d", dir="/tmp", ignore_cleanup_errors=True) as temporary:
+        return _table([drill for drill in DRILLS if drill.name in only], Path(temporary))
+
+
+def _table(drills: Sequence[Drill], temporary: Path) -> int:
     os.environ |= {"TMPDIR": str(temporary), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     tempfile.tempdir = str(temporary)
     broken, usual = False, list[float]()
     print("| fault | what happened | seconds lost | rounds lost |\n|---|---|---:|---:|", flush=True)
-    for drill, row in run([drill for drill in DRILLS if drill.name in only], temporary):
+    for drill, row in run(drills, temporary):
         print(line(drill, row), flush=True)
         broken |= isinstance(row, str)
         if isinstance(row, str):
             print(row, file=sys.stderr)
         else:
             usual.append(row.usual_s)
-    left = left_running(temporary)
-    shutil.rmtree(temporary, ignore_errors=True)
     if usual:
         print(f"\nA round without a fault took {min(usual):.0f} to {max(usual):.0f} s.")
-    if left:
+    if left := left_running(temporary):
         print("Left running:", *left, sep="\n", file=sys.stderr)
     return int(broken or bool(left))
 
