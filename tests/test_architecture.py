@@ -16,7 +16,7 @@ ALLOWED: dict[str, set[str]] = {
     "slope_log": {"errors"},
     "protocol": {"errors", "slope_log"},
     "privacy": {"errors", "autodiff"},
-    "optimizers": {"autodiff"},
+    "optimizers": {"autodiff", "errors"},
     "models": LEAVES | {"autodiff"},
     "data": LEAVES,
     "tasks": LEAVES,

@@ -61,8 +61,8 @@ class AdapterConfig(Section):
     """LoRA only."""
     targets: str = ""
     """LoRA, VeRA and IA3: names of the modules to adapt, separated by commas, or "all-linear", every linear layer
-    outside the head. Empty for query and value, whatever the model calls them, or for PEFT's choice (IA3): mostly key,
-    value and the last matrix of the feed-forward layer."""
+    of the transformer blocks. Empty for query and value, whatever the model calls them, or for PEFT's choice (IA3):
+    mostly key, value and the last matrix of the feed-forward layer."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """LoRA only: which biases are trained beside it (PEFT's `bias`)."""
     subspace: Literal["none", "core", "combined", "shared", "random"] = "none"

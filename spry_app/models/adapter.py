@@ -28,7 +28,9 @@ Kind = Callable[[PreTrainedModel, AdapterConfig, tuple[str, ...]], PeftConfig]
 """A frozen model, its adapter keys and the names of its head -> PEFT's configuration."""
 
 ALL_LINEAR = "all-linear"
-"""PEFT's name for every linear layer outside the head."""
+"""PEFT's name; here of every linear layer of the numbered blocks. The gradient of BERT's pooler is so large that the
+others would drown in its share of the noise.
+"""
 _QUERY_AND_VALUE = (
     ("query", "value"),
     ("q_proj", "v_proj"),
@@ -176,7 +178,7 @@ def _targets(
     """Names for PEFT; a pattern where a bare name would also take matrices of the head."""
     inside = _linear(model, head)
     if wanted.strip() == ALL_LINEAR:
-        return inside
+        return [name for name in inside if any(part.isdigit() for part in name.split("."))] or inside
     names = [name.strip() for name in wanted.split(",") if name.strip()] or default
     missing = [name for name in names if not any(_matches(module, name) for module in inside)]
     if missing or not names:
