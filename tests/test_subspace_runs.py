@@ -158,7 +158,7 @@ def test_a_node_with_another_seed_is_told_that_it_is_the_adapter(run_config: dic
 def test_what_is_computed_once_changes_nothing(kind: str, run_config: dict, tmp_path: Path) -> None:
     """Hidden states below the lowest matrix that the coordinates move, with units dealt by depth; nf4."""
     keys = {"adapter.targets": "layer.1.attention.self.query,layer.1.attention.self.value", "assign": "by-depth"}
-    keys |= {"model.quantization": "nf4", "method": "spry"}
+    keys |= {"model.quantization": "nf4", "method": "spry", "client.directions-at-once": 1}
     results = []
     for mib in (0, 64):
         run = run_config | _adapter(kind) | keys | {"client.prefix-cache-mib": mib}
