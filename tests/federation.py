@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from flwr.app import ArrayRecord, Message
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -58,6 +59,15 @@ def make_rows(path: Path, rows: int, offset: int = 0) -> Path:
         lines.append(json.dumps({"text": text, "label": good, "user": f"u{index % 7}"}))
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def greedy(partition: int, reply: Message) -> Message:
+    """Partition 0 asks for a million times as much."""
+    if partition == 0:
+        metrics, tensors = reply.content["metrics"], reply.content["arrays"].to_torch_state_dict()
+        metrics["slopes"] = [1e6 * slope for slope in metrics["slopes"]]
+        reply.content["arrays"] = ArrayRecord({name: 1e6 * value for name, value in tensors.items()})
+    return reply
 
 
 def tiny_run(folder: Path) -> dict[str, Any]:

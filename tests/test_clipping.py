@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from federation import Federation, same, tiny_run
-from flwr.app import ArrayRecord, Message
+from federation import Federation, greedy, same, tiny_run
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -44,15 +43,6 @@ def test_slopes_are_cut_one_by_one() -> None:
     assert clipped(reply, {}, ServerConfig(max_slope=2.0)).slopes == ((0.5, -2.0), (2.0, 2.0))
     assert clipped(reply, {}, ServerConfig(max_slope=9.0)) is reply
     assert clipped(reply, {}, ServerConfig()) is reply
-
-
-def greedy(partition: int, reply: Message) -> Message:
-    """Partition 0 asks for a million times as much."""
-    if partition == 0:
-        metrics, tensors = reply.content["metrics"], reply.content["arrays"].to_torch_state_dict()
-        metrics["slopes"] = [1e6 * slope for slope in metrics["slopes"]]
-        reply.content["arrays"] = ArrayRecord({name: 1e6 * value for name, value in tensors.items()})
-    return reply
 
 
 @pytest.mark.parametrize("method", ["spry", "fedsgd", "spry-per-iteration", "decomfl"])

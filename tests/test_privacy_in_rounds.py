@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from federation import Federation, LocalGrid, make_rows, same, tiny_run
-from flwr.app import ArrayRecord, Message
+from federation import Federation, LocalGrid, greedy, make_rows, same, tiny_run
 from test_resume import Ending
 
 from client_app import app as client_app
@@ -147,15 +146,6 @@ def test_the_mean_slopes_of_shared_directions_have_the_noise_that_is_counted(run
     before, after = strategy.state.trained(mean, 1)
     rest = {name: before[name] - after[name] for name in before}
     assert all(torch.allclose(told[name], rest[name], rtol=1e-4, atol=1e-7) for name in rest)
-
-
-def greedy(partition: int, reply: Message) -> Message:
-    """Partition 0 asks for a million times as much."""
-    if partition == 0:
-        metrics, tensors = reply.content["metrics"], reply.content["arrays"].to_torch_state_dict()
-        metrics["slopes"] = [1e6 * slope for slope in metrics["slopes"]]
-        reply.content["arrays"] = ArrayRecord({name: 1e6 * value for name, value in tensors.items()})
-    return reply
 
 
 @pytest.mark.parametrize("method", ["fedavg", "fedsgd", "baffle", "decomfl"])
