@@ -220,7 +220,7 @@ def test_no_frame_breaks_a_worker(run_config: dict, tmp_path: Path) -> None:
     grid = first_round(federation)
     context = grid.contexts[100]
     bodies = [message_to_proto(grid.sent[0]).SerializeToString(), context_to_proto(context).SerializeToString()]
-    jobs, whole = Jobs(), frame({"do": "train", "code": "x", "root": "/"}, bodies)
+    jobs, whole = Jobs(tmp_path / "at-work"), frame({"do": "train", "code": "x", "root": "/"}, bodies)
     for number in numbers(0.07):
         with bounded(f"frame {number}"):
             rng = random.Random(number)
@@ -270,6 +270,7 @@ def test_nobody_answers_for_another(run_config: dict, tmp_path: Path) -> None:
         "it was not asked",
         "it was not asked",
         "it answered before",
+        "no answer within server.round-timeout-s (600 s)",
     ]
 
 

@@ -198,7 +198,7 @@ def test_shared_directions_need_steps_that_are_linear_in_the_slopes() -> None:
 
 
 counts = st.integers(0, 2**40)
-real = st.floats(allow_nan=False)
+real = st.floats(allow_nan=False, allow_infinity=False)
 
 
 @st.composite
