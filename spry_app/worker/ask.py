@@ -35,6 +35,8 @@ def health(place: Place) -> Header | None:
     except WrongKey as error:
         raise _wrong_key(place) from error
     except (OSError, WireError) as error:
+        if place.process() is None:  # it has ended meanwhile
+            return None
         raise SpryError(f"The worker of {place.socket} does not answer: {error}.") from error
 
 
