@@ -67,12 +67,13 @@ ADAPTERS: dict[str, Keys] = {
     "shared 192": _shared(192),
     "shared 768": _shared(768),
     "core (query and value)": _core(QUERY_VALUE, 8),
+    "core (rank 4)": _core(ALL_LINEAR, 4),
     "core": _core(ALL_LINEAR, 8),
     "core (rank 16)": _core(ALL_LINEAR, 16),
     "lora": {},
     "lora (all linear)": {TARGETS: ALL_LINEAR},
 }
-"""On all of MiniLM these have 13, 48, 192, 768, 768, 2,304, 9,216, 9,216 and 41,472 numbers beside the head."""
+"""On all of MiniLM these have 13, 48, 192, 768, 768, 576, 2,304, 9,216, 9,216 and 41,472 numbers beside the head."""
 
 PER_STEP: Keys = {"client.local-steps": 1, "client.optimizer": "sgd"}
 """Clients talk to the server after each batch; what they step themselves is linear, so that only its size matters."""
@@ -87,9 +88,9 @@ def _directions(count: int) -> Keys:
 
 ESTIMATE: Keys = {"method": "spry-per-iteration", "assign": "every-unit", **PER_STEP, **ORTHOGONAL, **_directions(8)}
 """The new default's way to a gradient."""
-DEFAULT_ADAPTER = "core"
+DEFAULT_ADAPTER = "core (rank 4)"
 DEFAULT: Keys = {**ESTIMATE, **ADAPTERS[DEFAULT_ADAPTER]}
-"""The new default, in this one place."""
+"""What is to become the default: the preset "spry-core", with a step size of its own."""
 
 NEW = "new default"
 BEST_LORA = ("lora backprop", "lora backprop (all linear)", "lora fedavg")

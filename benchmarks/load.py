@@ -46,18 +46,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run, watch, print."""
     options = _parser().parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
+    readings = list[Reading]()
     try:
-        readings = list(watch(options.nodes, options.clients, options.rounds, options.method, options.out))
+        for one in watch(options.nodes, options.clients, options.rounds, options.method, options.out):
+            readings.append(one)
+            told = "  ".join(f"{role} {mib:.0f} MiB" for role, mib in one.mib.items())
+            print(f"round {one.round:3}  {one.seconds:6.0f} s  {told}", flush=True)
     except SpryError as error:
         sys.exit(f"error: {error}")
     answer = grown(readings)
-    told = {key: value for key, value in vars(options).items() if key != "out"}
-    whole = {"settings": told, "readings": [asdict(one) for one in readings], "answer": answer}
+    settings = {key: value for key, value in vars(options).items() if key != "out"}
+    whole = {"settings": settings, "readings": [asdict(one) for one in readings], "answer": answer}
     (options.out / "load.json").write_text(json.dumps(whole, indent=1) + "\n")
-    for one in readings:
-        print(
-            f"round {one.round:3}  {one.seconds:6.0f} s  " + "  ".join(f"{k} {v:.0f} MiB" for k, v in one.mib.items())
-        )
     print(f"The server's memory from round {answer['from']} to {answer['to']}: {answer['mib']:+.1f} MiB")
 
 

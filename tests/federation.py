@@ -23,6 +23,21 @@ from spry_app.server.strategy import SpryStrategy
 
 WORDS = ("good", "great", "fine", "happy", "bad", "awful", "poor", "sad", "film", "plot", "the", "a", "was", "very")
 
+DEPLOYED: dict[str, Any] = {
+    "method": "spry-per-iteration",
+    "num-server-rounds": 2,
+    "data.num-labels": 2,
+    "data.natural-field": "user",
+    "adapter.rank": 4,
+    "client.directions": 4,
+    "client.local-steps": 32,
+    "client.batch-size": 4,
+    "client.optimizer": "adam",
+    "client.learning-rate": 0.05,
+    "server.optimizer": "average",
+}
+"""Run config of two short rounds on a real SuperLink, for nodes with rows of `make_rows`."""
+
 
 def make_checkpoint(folder: Path, seed: int = 0) -> Path:
     """A BERT of 2 layers and 32 hidden numbers with a word tokenizer, saved as a checkpoint."""

@@ -15,7 +15,7 @@ from subprocess import Popen
 from typing import Any
 
 import psutil
-from federation import make_checkpoint, make_rows
+from federation import DEPLOYED, make_checkpoint, make_rows
 
 from spry_app.config import Scalar
 from spry_app.launcher.logs import Tail, cause, read
@@ -25,18 +25,8 @@ from spry_app.worker.place import Place, default_place
 
 ROOT = Path(__file__).resolve().parent.parent
 ROUNDS = 4
-SETTINGS: dict[str, Scalar] = {
-    "method": "spry-per-iteration",
+SETTINGS: dict[str, Scalar] = DEPLOYED | {
     "num-server-rounds": ROUNDS,
-    "data.num-labels": 2,
-    "data.natural-field": "user",
-    "adapter.rank": 4,
-    "client.directions": 4,
-    "client.local-steps": 32,
-    "client.batch-size": 4,
-    "client.learning-rate": 0.05,
-    "client.optimizer": "adam",
-    "server.optimizer": "average",
     "server.evaluate-every": 10,
     "server.round-timeout-s": 150.0,
 }

@@ -101,6 +101,14 @@ def adapted(keys: Mapping[str, Any]) -> set[str]:
     return {name for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
+def test_the_new_default_is_the_preset_with_matrices_spelt_out_and_a_step_size_of_its_own() -> None:
+    ours, preset = (RunConfig.from_flower(keys).flat() for keys in (DEFAULT, {"preset": "spry-core"}))
+    differing = {key for key in ours if ours[key] != preset[key]}
+    of_the_plan = {"client.local-steps", "client.directions-at-once"}  # one step a round, whatever the plan's number
+    assert differing == {"preset", "server.learning-rate", TARGETS, *of_the_plan}
+    assert adapted(DEFAULT) == adapted({TARGETS: "all-linear"})
+
+
 def test_the_names_that_goals_speak_of_are_rows_and_what_they_say() -> None:
     kinds = {}
     for name in (*ZEROTH, *BEST_LORA):

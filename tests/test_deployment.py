@@ -10,24 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from federation import make_checkpoint, make_rows
+from federation import DEPLOYED, make_checkpoint, make_rows
 from left_running import left_running
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
-SETTINGS = {
-    "method": "spry-per-iteration",
-    "num-server-rounds": 2,
-    "data.num-labels": 2,
-    "data.natural-field": "user",
-    "adapter.rank": 4,
-    "client.directions": 4,
-    "client.local-steps": 32,
-    "client.batch-size": 4,
-    "client.optimizer": "adam",
-    "client.learning-rate": 0.05,
-    "server.optimizer": "average",
-}
 
 
 @pytest.fixture
@@ -41,7 +28,7 @@ def deploy(
     folder: Path, temporary: Path, files: list[Path], *options: str, **settings: object
 ) -> subprocess.CompletedProcess[str]:
     """Run deploy/loopback.py to its end in `folder`, which holds the checkpoint and the test rows."""
-    keys = SETTINGS | {"model.name": str(folder / "tiny"), "data.source": str(files[0])} | settings
+    keys = DEPLOYED | {"model.name": str(folder / "tiny"), "data.source": str(files[0])} | settings
     run_config = " ".join(f"{key}={json.dumps(value)}" for key, value in keys.items())
     return subprocess.run(
         [sys.executable, str(ROOT / "deploy" / "loopback.py"), *map(str, files), "--run-config", run_config, *options],

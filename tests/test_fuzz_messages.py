@@ -22,6 +22,7 @@ from bad_messages import NoMessage, bad, copied, damaged
 from federation import Federation, tiny_run
 from flwr.app import Message, RecordDict
 from flwr.common.serde import context_to_proto, message_to_proto
+from test_worker_wire import received
 
 from benchmarks.local_grid import LocalGrid
 from spry_app.client.answer import check_task
@@ -32,7 +33,7 @@ from spry_app.protocol import Task, expected_fingerprint, frame_in, to_arrays
 from spry_app.server.fleet import Fleet
 from spry_app.server.letters import Letters
 from spry_app.worker.jobs import Jobs
-from spry_app.worker.wire import WireError, receive, send
+from spry_app.worker.wire import send
 
 CLIENTS = 3
 MESSAGES = int(os.environ.get("SPRY_FUZZ", "3000"))
@@ -239,20 +240,6 @@ def frame(header: dict[str, Any], bodies: Sequence[bytes]) -> bytes:
         send(ours, header, bodies)
         ours.shutdown(socket.SHUT_WR)
         return b"".join(iter(lambda: theirs.recv(1 << 16), b""))
-
-
-def received(data: bytes) -> None:
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
-        theirs.sendall(data)
-        theirs.shutdown(socket.SHUT_WR)
-        try:
-            header, bodies = receive(ours)
-        except WireError:
-            return
-        assert isinstance(header, dict)
-        assert all(isinstance(body, bytes) for body in bodies)
 
 
 def test_nobody_answers_for_another(run_config: dict, tmp_path: Path) -> None:

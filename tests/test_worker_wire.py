@@ -154,9 +154,15 @@ def _peak_kib() -> int:
 @settings(max_examples=500, deadline=None)
 @given(data=st.binary(max_size=300), framed=st.booleans())
 def test_any_bytes_are_a_frame_or_a_wire_error(data: bytes, framed: bool) -> None:
+    received(_frame(data) if framed else data)
+
+
+def received(data: bytes) -> None:
+    """Read from a socket: a frame, or a WireError."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        theirs.sendall(_frame(data) if framed else data)
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+        theirs.sendall(data)
         theirs.shutdown(socket.SHUT_WR)
         try:
             header, bodies = receive(ours)

@@ -14,7 +14,15 @@ from spry_app.protocol.records import (
     size_bytes,
     to_arrays,
 )
-from spry_app.protocol.replies import MOST_EXAMPLES, Introduction, Score, TrainReply, refusal, refusal_reason
+from spry_app.protocol.replies import (
+    MOST_EXAMPLES,
+    Introduction,
+    Score,
+    TrainReply,
+    error_reason,
+    refusal,
+    refusal_reason,
+)
 from spry_app.protocol.task import (
     EVALUATE,
     TRAIN,
@@ -38,6 +46,7 @@ __all__ = [
     "Task",
     "Tensors",
     "TrainReply",
+    "error_reason",
     "expected_fingerprint",
     "frame_in",
     "from_arrays",

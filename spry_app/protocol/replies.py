@@ -144,6 +144,11 @@ def refusal(task: Message, reason: SpryError) -> Message:
     return Message(content=RecordDict({"refusal": ConfigRecord({"reason": str(reason)})}), reply_to=task)
 
 
+def error_reason(message: Message) -> str:
+    """What Flower says where there is no reply; empty where there is one."""
+    return message.error.reason or f"Flower error {message.error.code}" if message.has_error() else ""
+
+
 def refusal_reason(message: Message) -> str:
     """Why the client refused; empty if it did not. Raises MalformedReply."""
     record = content_of(message).get("refusal")

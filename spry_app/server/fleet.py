@@ -16,6 +16,7 @@ from spry_app.protocol import (
     Introduction,
     MalformedReply,
     Tensors,
+    error_reason,
     introduction_request,
     refusal_reason,
     said,
@@ -139,8 +140,8 @@ class Fleet:
             except MalformedReply as error:
                 log(WARNING, "An introduction of node %s is not used: %s", reply.metadata.src_node_id, error)
                 continue
-            if reply.has_error():
-                failures[node] = said(reply.error.reason or f"Flower error {reply.error.code}")
+            if reason := error_reason(reply):
+                failures[node] = said(reason)
             else:
                 self._read(node, reply)
         for node in nodes:

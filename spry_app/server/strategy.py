@@ -23,6 +23,7 @@ from spry_app.protocol import (
     MalformedReply,
     Task,
     TrainReply,
+    error_reason,
     refusal_reason,
     size_bytes,
     to_arrays,
@@ -271,8 +272,7 @@ class SpryStrategy(Strategy):
 
     def _check(self, message: Message, node: int) -> None:
         """Whether the node has followed and answered. Raises MalformedReply."""
-        reason = message.error.reason or f"Flower error {message.error.code}" if message.has_error() else ""
-        reason = reason or refusal_reason(message)
+        reason = error_reason(message) or refusal_reason(message)
         if reason:
             self.downlink.lost(node)
             self.fleet.lost(node)
