@@ -64,12 +64,16 @@ def worker(ground: Ground) -> Row:
     return run.row(f"{_said(run, 2)}; another worker answers from round 3 on, with smaller steps")
 
 
-def _at_rest(process: psutil.Process) -> int:
-    """Bytes of its address space, the least seen in a while: between two steps."""
-    seen = []
-    for _ in range(100):
-        seen.append(process.memory_info().vms)
-        time.sleep(0.05)
+def _at_rest(process: psutil.Process, node: Node, run: Run) -> int:
+    """Bytes of its address space between two steps, the least of many looks."""
+    seen: list[int] = []
+
+    def looked() -> bool:
+        if not node.worker.at_work.exists():
+            seen.append(process.memory_info().vms)
+        return len(seen) >= 30
+
+    run.until(looked, "a worker at rest")
     return min(seen)
 
 
@@ -80,7 +84,7 @@ def memory(ground: Ground) -> Row:
     run = ground.submit(**large, **{"client.directions-at-once": 256, "client.local-steps": 1, "num-server-rounds": 9})
     run.until_round(1)
     process = psutil.Process(node.worker.process())
-    process.rlimit(psutil.RLIMIT_AS, (_at_rest(process) + 24 * 2**20, -1))
+    process.rlimit(psutil.RLIMIT_AS, (_at_rest(process, node, run) + 24 * 2**20, -1))
     run.completed()
     process.rlimit(psutil.RLIMIT_AS, (-1, -1))
     without = [line for line in run.rounds if line["reasons"]]

@@ -153,7 +153,7 @@ def test_a_worker_killed_in_the_middle_fails_that_message_alone(tmp_path: Path, 
     pid = of(node)["pid"]
 
     def kill() -> None:
-        while not of(node)["working"]:  # it answers while it works
+        while not (node.at_work.exists() and of(node)["working"]):  # it answers while it works
             time.sleep(0.01)
         os.kill(pid, signal.SIGKILL)
 

@@ -225,6 +225,14 @@ def test_a_caller_that_died_while_it_waited_costs_no_work_and_too_many_are_told(
     assert done == ["0"]
 
 
+def test_no_thread_is_made_for_a_caller(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short of memory, a process can hang in the making of one; whoever calls it then would wait for ever."""
+    with serving(place, echo):
+        monkeypatch.setattr(threading.Thread, "start", lambda thread: pytest.fail("a thread was made"))
+        assert call(place, {})[0]["said"] == "x"
+        assert (found := health(place)) and found["jobs"] == 1
+
+
 def test_it_ends_when_nobody_came_for_a_while_and_only_then(place: Place) -> None:
     started = time.monotonic()
     with serving(place, echo, idle_s=0.6) as thread:

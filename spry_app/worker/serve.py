@@ -22,7 +22,8 @@ from spry_app.worker.wire import PATIENCE_S, Bodies, Header, WireError, admit, r
 Work = Callable[[Header, Bodies], tuple[Header, Bodies]]
 MIB = 2**20
 MOST_WAITING = 16
-MOST_CALLERS = 32
+DOORMEN = 16
+"""Threads, all of them made at the start: a process short of memory can hang while it makes one (CPython)."""
 HANDSHAKE_S = 30.0
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def listen(place: Place) -> socket.socket:
         listener.bind(str(place.socket))
     finally:
         os.umask(before)
-    listener.listen(MOST_CALLERS)
+    listener.listen()
     return listener
 
 
@@ -57,7 +58,6 @@ class Server:
     def __init__(self, listener: socket.socket, key: bytes, code: str, idle_s: float) -> None:
         self._listener, self._key, self._code, self._idle_s = listener, key, code, idle_s
         self._jobs: queue.Queue[Job] = queue.Queue(MOST_WAITING)
-        self._callers = threading.BoundedSemaphore(MOST_CALLERS)
         self._door = threading.Lock()
         self._closed = False
         self._working = False
@@ -67,7 +67,8 @@ class Server:
 
     def open(self) -> None:
         """Begin to let callers in; their jobs wait for `serve`."""
-        threading.Thread(target=self._accept, daemon=True).start()
+        for _ in range(DOORMEN):
+            threading.Thread(target=self._accept, daemon=True).start()
 
     def serve(self, work: Work) -> Header | None:
         """Do jobs until none has come for `idle_s`, or until one needs other code: then its header is returned."""
@@ -111,8 +112,8 @@ class Server:
         self._working = True
         try:
             send(job.caller, *work(job.header, job.bodies))
-        except WireError as error:
-            logger.warning("An answer was lost: %s", error)
+        except (WireError, MemoryError) as error:
+            logger.warning("An answer was lost: %r", error)
         finally:
             self._working, self._since, self._done = False, time.monotonic(), self._done + 1
 
@@ -134,17 +135,10 @@ class Server:
         while self._listener.fileno() >= 0:
             try:
                 caller, _ = self._listener.accept()
-            except OSError:  # no descriptor left, or closed
+            except (OSError, MemoryError):  # no descriptor left, or closed
                 time.sleep(0.05)
                 continue
-            if not self._callers.acquire(blocking=False):
-                caller.close()
-                continue
-            try:
-                threading.Thread(target=self._receive, args=(caller,), daemon=True).start()
-            except RuntimeError:  # no memory for a thread
-                self._callers.release()
-                caller.close()
+            self._receive(caller)
 
     def _receive(self, caller: socket.socket) -> None:
         kept = False
@@ -157,10 +151,9 @@ class Server:
                 send(caller, self.health())
             elif isinstance(header.get("code"), str) and isinstance(header.get("root"), str):
                 kept = self._take(Job(caller, header, bodies))
-        except WireError as error:
-            logger.warning("A caller was sent away: %s", error)
+        except (WireError, OSError, MemoryError) as error:
+            logger.warning("A caller was sent away: %r", error)
         finally:
-            self._callers.release()
             if not kept:
                 caller.close()
 
