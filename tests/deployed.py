@@ -92,6 +92,11 @@ class Deployment:
         home, words = self.supernode(name, config, key)
         return self.processes.start(words, self.log(name), FLWR_HOME=str(home), OMP_NUM_THREADS="1")
 
+    def worker(self, name: str) -> subprocess.Popen[bytes]:
+        """That of a node that was started."""
+        words = self.moved(command("spry-worker.service"))
+        return self.processes.start(words, self.log(f"{name}-worker"), FLWR_HOME=str(self.folder / name))
+
     def supernode(self, name: str, config: str, key: Path) -> tuple[Path, list[str]]:
         """Its folder, and the unit's command in it."""
         box = self.folder / name

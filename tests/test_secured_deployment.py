@@ -12,6 +12,8 @@ from federation import make_checkpoint, make_rows
 
 from spry_app.launcher.logs import read
 from spry_app.launcher.superlink import free_port
+from spry_app.worker.ask import health
+from spry_app.worker.place import default_place
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +52,7 @@ def test_two_nodes_with_keys_train_while_strangers_are_refused(server: Deploymen
         assert f"--superlink 127.0.0.1:{server.door} " in line
         spry("register", name, *folder)
         server.node(name, f'data = "{rows}"\n', server.etc / "nodes" / f"{name}.key")
+    unit = server.worker("jetson")
     spry("node", "stranger", *folder)
     strangers = {
         "with-a-key-of-its-own": server.node("with-a-key-of-its-own", "", server.etc / "nodes" / "stranger.key"),
@@ -73,6 +76,8 @@ def test_two_nodes_with_keys_train_while_strangers_are_refused(server: Deploymen
     assert outcome.completed, outcome.details + read(server.log("run")) + read(server.log("superlink"))
     rows = (tmp_path / "outputs" / run_id / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(rows[-1])[key] for key in ("asked", "answered", "refused")] == [2, 2, 0]
+    warm = health(default_place(server.folder / "jetson"))
+    assert warm and (warm["pid"], warm["loads"]) == (unit.pid, 1)  # no message has started another one
     for name, stranger in strangers.items():
         assert stranger.wait(timeout=120) != 0, read(server.log(name))
     listed = [line.split()[::2] for line in spry("list", *folder).splitlines()]

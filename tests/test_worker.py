@@ -25,7 +25,7 @@ from spry_app.config import RunConfig
 from spry_app.errors import SpryError
 from spry_app.protocol import Task, introduction_request, refusal_reason
 from spry_app.worker import dispatch
-from spry_app.worker.ask import ask, health
+from spry_app.worker.ask import ask, health, started
 from spry_app.worker.dispatch import ROOT, code_here, worker_of
 from spry_app.worker.place import Place, default_place
 
@@ -40,6 +40,8 @@ def home() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="s", dir="/tmp"))
     yield folder
     default_place(folder).stop()
+    for worker in started:
+        worker.wait(10)
     shutil.rmtree(folder)
 
 

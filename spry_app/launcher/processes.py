@@ -88,6 +88,8 @@ class Processes:
             deadline = time.monotonic() + patience_s
             while self.alive() and time.monotonic() < deadline:
                 time.sleep(0.05)
+        for child in self._children:
+            child.poll()
 
     def __enter__(self) -> Self:
         return self

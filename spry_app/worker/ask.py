@@ -19,8 +19,10 @@ ANOTHER_LIVES = 75
 START_S = 180.0
 """How long a worker may take until it listens; it does so before it imports anything large."""
 _PAUSE_S = 0.02
+_ENDING_S = 2.0
+"""How long the system may take to end a process whose sockets it has closed."""
 _LONGEST_LOG = 4 << 20
-_children: list[subprocess.Popen[bytes]] = []
+started: list[subprocess.Popen[bytes]] = []
 """Workers that this process has started: they outlive it, and Python would warn of one that is forgotten."""
 
 
@@ -35,9 +37,16 @@ def health(place: Place) -> Header | None:
     except WrongKey as error:
         raise _wrong_key(place) from error
     except (OSError, WireError) as error:
-        if place.process() is None:  # it has ended meanwhile
+        if _has_ended(place):
             return None
         raise SpryError(f"The worker of {place.socket} does not answer: {error}.") from error
+
+
+def _has_ended(place: Place) -> bool:
+    deadline = time.monotonic() + _ENDING_S
+    while (lives := place.process() is not None) and time.monotonic() < deadline:
+        time.sleep(_PAUSE_S)
+    return not lives
 
 
 def ask(place: Place, job: Header, bodies: Sequence[bytes], root: str, idle_s: float) -> tuple[Header, Bodies]:
@@ -119,7 +128,7 @@ class _Start:
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
                 )
-            _children.append(self._child)
+            started.append(self._child)
 
 
 def python_path(root: str) -> str:
