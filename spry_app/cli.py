@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 
 from spry_app.deploy.commands import app as deploy
 from spry_app.errors import SpryError
@@ -104,6 +105,33 @@ def rebuild_command(
         print(error, file=sys.stderr)
         raise typer.Exit(2) from None
     print(f"The adapter after round {round_} is in {output}")
+
+
+@app.command("keys")
+def keys_command(
+    word: Annotated[str, typer.Argument(help="Show the keys that have this in their name, values or meaning.")] = "",
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="All of them, as docs/configuration.md has them.")
+    ] = False,
+) -> None:
+    """Show every key of a run: default, what it may be, what it means.
+
+    Exit status: 0, or 1 if there is none with that word.
+    """
+    from spry_app.config.reference import as_markdown, entries
+
+    if markdown:
+        print(as_markdown(), end="")
+        return
+    console = Console(highlight=False)
+    found = [entry for entry in entries() if word.lower() in f"{entry.key} {entry.allowed} {entry.meaning}".lower()]
+    for entry in found:
+        console.print(f"[bold]{escape(entry.key)}[/] = {escape(entry.default)}  [dim]{escape(entry.allowed)}[/]")
+        if entry.meaning:
+            console.print(Padding(escape(entry.meaning), (0, 0, 0, 4)))
+    if not found:
+        print(f"No key has {word!r} in its name, values or meaning.", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 @app.command("doctor")

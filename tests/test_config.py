@@ -23,7 +23,7 @@ PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
         ({"client.learning_rate": 0.1}, "Did you mean 'client.learning-rate'?"),
         ({"local-steps": 2}, "Did you mean 'client.local-steps'?"),
         ({"directions": 2}, "Run-config key 'directions' is 2: input should be '', 'gaussian' or 'orthogonal'"),
-        ({"zzz": 2}, "Known keys are listed in pyproject.toml."),
+        ({"zzz": 2}, "`spry keys` lists them all."),
         ({"client.learning-rate": "high"}, "'client.learning-rate' is 'high': input should be a valid number."),
         ({"client.learning-rate": -1.0}, "greater than 0"),
         ({"client.directions": 0}, "greater than or equal to 1"),

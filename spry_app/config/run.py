@@ -63,7 +63,9 @@ class RunConfig(Section):
     of the network (from the passes of the slopes; with differences, and where a model's blocks are no plain sequence,
     from one forward pass more), or perturbed like every other unit, as SPRY was published."""
     num_server_rounds: Count = 40
+    """A round: the server asks clients, they train, it takes a step."""
     seed: int = Field(0, ge=0, lt=2**63)
+    """Everything random of a run follows from it: shards, batches, directions, who takes part."""
     output_dir: str = Field("outputs", min_length=1)
     """Where outputs/<run id>/ is made; relative to the directory of the server process."""
     resume: str = ""
@@ -183,7 +185,7 @@ def _flatten(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, Scalar
 
 def _unknown_key(key: str, known: Mapping[str, FieldInfo]) -> str:
     near = difflib.get_close_matches(key, known, n=1) or [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
-    hint = f"Did you mean {near[0]!r}?" if near else "Known keys are listed in pyproject.toml."
+    hint = f"Did you mean {near[0]!r}?" if near else "`spry keys` lists them all."
     return f"Unknown run-config key {key!r}. {hint}"
 
 

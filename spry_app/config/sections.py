@@ -30,7 +30,13 @@ def kebab(name: str) -> str:
 
 class Section(BaseModel):
     model_config = ConfigDict(
-        frozen=True, strict=True, extra="forbid", alias_generator=kebab, populate_by_name=True, protected_namespaces=()
+        frozen=True,
+        strict=True,
+        extra="forbid",
+        alias_generator=kebab,
+        populate_by_name=True,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
     )
 
 
@@ -101,12 +107,15 @@ class DataConfig(Section):
     config: str = ""
     """Configuration of a Hub data set, e.g. "sst2" of "glue"."""
     train_split: str = "train"
+    """Split of a Hub data set that clients train on."""
     test: str = ""
     """Central test set: a local file, or a split of the source; empty for the embedded set's own, else "test"."""
     text_field: str = Field("text", min_length=1)
+    """Column of the text; of its first sentence, for pairs."""
     text_pair_field: str = ""
     """Second sentence, for pairs."""
     label_field: str = Field("label", min_length=1)
+    """Column of the label: a whole number from 0 on, or a name."""
     num_labels: int = Field(0, ge=0)
     """Number of classes; 0 takes it from the data, which every node must then see alike."""
     label_names: str = ""
@@ -114,6 +123,8 @@ class DataConfig(Section):
     max_length: int = Field(64, ge=4)
     """Tokens kept of a text; longer ones are cut, and how many were is logged."""
     partition: Literal["iid", "dirichlet", "natural"] = "natural"
+    """How a simulation deals the rows to its nodes: as they come, each with labels of its own (`alpha`), or by what a
+    field says (`natural-field`)."""
     alpha: float = Field(1.0, gt=0)
     """Concentration of the Dirichlet partition over labels; smaller is less alike."""
     equal_sizes: bool = False
@@ -127,16 +138,20 @@ class DataConfig(Section):
 
 class ClientConfig(Section):
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    """Of the local steps; begun anew in each round."""
     learning_rate: StepSize = 1e-2
+    """Step size of the local steps."""
     head_learning_rate: float = Field(0.0, ge=0)
     """Step size of the head; 0 for the same as the rest. A head with an exact gradient bears a larger one."""
     weight_decay: float = Field(0.0, ge=0)
+    """Of the client's optimizer, as torch.optim has it."""
     local_epochs: Count = 1
     """Passes over the shard a round, in per-epoch mode."""
     local_steps: int = Field(0, ge=0)
     """Batches a round, over as many passes as that takes; 0 for local-epochs, or for one batch where the method sends
     slopes or a gradient (which is the mean over these batches, at the tensors of the round)."""
     batch_size: Count = 8
+    """Examples of a local step."""
     micro_batch: int = Field(4, ge=0)
     """Examples that pass through the model at once; 0 for the whole batch. Saves memory; changes nothing but rounding
     and dropout masks."""
@@ -178,7 +193,9 @@ class ServerConfig(Section):
     head_learning_rate: float = Field(3e-2, ge=0)
     """Step size of the head; 0 for the same as the rest. A head with an exact gradient bears a larger one."""
     beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay of the first moment, of momentum too."""
     beta2: float = Field(0.99, ge=0, lt=1)
+    """Decay of the second moment (Adam, Yogi)."""
     tau: float = Field(1e-6, gt=0)
     """Added to the root of the second moment by Adagrad, Adam and Yogi. Far below the size of the clients' updates,
     steps do not depend on that size; the papers' 1e-3 goes with updates of that order."""
