@@ -121,7 +121,7 @@ def _random(name: str, device: torch.device, dtype: torch.dtype, bits: int, laye
         trained = tuple(
             child for child in head if task == "classification" and [*model.get_submodule(child).parameters()]
         )
-        adapted = attach(model, AdapterConfig(), trained, name, "")
+        adapted = attach(model, AdapterConfig(), trained, name, "", "SEQ_CLS")
     adapted.to(device)
     adapted.eval()
     units = group(adapted)

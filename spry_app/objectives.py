@@ -9,12 +9,10 @@ from torch import Tensor
 from spry_app.autodiff.directions import Seed, Tensors
 from spry_app.autodiff.gradients import Gradient
 from spry_app.autodiff.slopes import Halves, Objective, Part, forward_mode
-from spry_app.autodiff.transfer import onto
 from spry_app.models import AdaptedModel, Entering
 from spry_app.prefix import may_start_at
 from spry_app.protocol import Score
-from spry_app.tasks import classification
-from spry_app.tasks.classification import Encoded
+from spry_app.tasks import Encoded
 
 Prefix = Callable[[Sequence[Sequence[int]]], list[Entering | None]]
 """Micro-batches -> where the pass of each begins."""
@@ -23,14 +21,11 @@ Prefix = Callable[[Sequence[Sequence[int]]], list[Entering | None]]
 def objective(
     adapted: AdaptedModel, rows: Encoded, indices: Sequence[int], seed: Seed, entering: Entering | None = None
 ) -> Objective:
-    """Mean loss of some rows: a deterministic function, since its dropout masks depend on `seed` alone."""
-    inputs = rows.batch(indices)
-    labels = inputs.pop("labels")
-    masks = _masks(seed)
+    """Their task's mean loss of some rows: a deterministic function, since dropout masks depend on `seed` alone."""
+    inputs, targets, masks = rows.inputs(indices), rows.aims(indices), _masks(seed)
 
     def loss_of(params: Tensors) -> Tensor:
-        logits = adapted.logits(params, inputs, dropout=masks, entering=entering)
-        return classification.loss(logits, onto(labels, logits.device))
+        return rows.task.loss(adapted.bound(params, masks, entering), inputs, targets)
 
     return loss_of
 
@@ -42,16 +37,15 @@ def halves(
 
     Each half draws dropout masks of its own, the same at every call.
     """
-    inputs = rows.batch(indices)
-    labels = inputs.pop("labels")
+    inputs, targets = rows.inputs(indices), rows.aims(indices)
     depth = max(cut, entering.depth) if entering else cut
 
     def lower(params: Tensors) -> Tensor:
         return adapted.prefix(inputs, cut, params, _masks(seed), entering).hidden
 
     def upper(params: Tensors, hidden: Tensor) -> Tensor:
-        logits = adapted.logits(params, inputs, dropout=_masks(seed, 1), entering=Entering(depth, hidden))
-        return classification.loss(logits, onto(labels, logits.device))
+        model = adapted.bound(params, _masks(seed, 1), Entering(depth, hidden))
+        return rows.task.loss(model, inputs, targets)
 
     return Halves(lower, upper)
 
@@ -68,14 +62,16 @@ def batch_of(
     seed: Seed,
     prefix: Prefix | None = None,
 ) -> list[Part]:
-    """The rows as micro-batches whose weighted losses add up to the mean over all of them; 0 means one part."""
+    """The rows as micro-batches whose weighted losses add up to the mean over all of them, row by row or term by term
+    (tasks.Encoded.terms); 0 means one part.
+    """
     size, order = micro_batch or len(indices), rows.by_length(indices)
     slices = [order[start : start + size] for start in range(0, len(order), size)]
-    starts = prefix(slices) if prefix else [None] * len(slices)
+    starts, total = prefix(slices) if prefix else [None] * len(slices), rows.weight(order)
     return [
         Part(
             objective(adapted, rows, part, seed, start),
-            len(part) / len(order),
+            rows.weight(part) / total,
             functools.partial(halves, adapted, rows, part, seed, start),
         )
         for part, start in zip(slices, starts, strict=True)
@@ -99,14 +95,11 @@ def head_cut(
 
 @torch.no_grad()
 def score(adapted: AdaptedModel, rows: Encoded, batch_size: int, prefix: Prefix | None = None) -> Score:
-    """Loss and accuracy of the model with the tensors now loaded in it, on all rows. Nothing is trained."""
-    loss, correct, order = 0.0, 0, rows.by_length(range(len(rows)))
-    for start in range(0, len(rows), batch_size):
-        part = order[start : start + batch_size]
-        inputs = rows.batch(part)
-        labels = inputs.pop("labels")
-        logits = adapted.logits({}, inputs, entering=prefix([part])[0] if prefix else None)
-        labels = labels.to(logits.device)
-        loss += classification.loss(logits, labels).item() * len(labels)
-        correct += classification.correct(logits, labels)
-    return Score(loss=loss, correct=correct, examples=len(rows))
+    """What the task makes of the model with the tensors now loaded in it, on all rows. Nothing is trained."""
+    total: dict[str, float] = {"loss": 0.0, "examples": 0, **dict.fromkeys(rows.task.sums, 0)}
+    for part in rows.parts(batch_size):
+        model = adapted.bound({}, entering=prefix([part])[0] if prefix else None)
+        for name, value in rows.task.judge(model, rows, part).items():
+            total[name] += value
+    loss, examples = total.pop("loss"), int(total.pop("examples"))
+    return Score(loss=loss, sums=total, examples=examples)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from spry_app.models import AdaptedModel, Entering, NoPrefixError
-from spry_app.tasks.classification import Encoded
+from spry_app.tasks import Encoded
 
 logger = logging.getLogger(__name__)
 
@@ -84,13 +84,13 @@ class PrefixCache:
         wanted = rows if left else new
         start = self._below.entering([wanted])[0] if self._below else None
         parts = [[row] for row in wanted] if self._lasting and not left else [wanted]
-        computed = [self._adapted.prefix(self._rows.batch(part), self.depth, entering=start).hidden for part in parts]
+        computed = [self._adapted.prefix(self._rows.inputs(part), self.depth, entering=start).hidden for part in parts]
         self._computed += len(wanted) * (self.depth - (start.depth if start else 0))
         if left:
             return computed[0]
         each = [states for part in computed for states in part]
-        fresh = {row: states[: self._length(row)] for row, states in zip(new, each, strict=True)}
-        at_hand = self._batch + len(rows) * max(map(self._length, rows)) * each[0][0].nbytes
+        fresh = {row: states[: self._rows.length(row)] for row, states in zip(new, each, strict=True)}
+        at_hand = self._batch + len(rows) * max(map(self._rows.length, rows)) * each[0][0].nbytes
         self._keep(fresh, beside=0 if self._lasting else at_hand)
         if len(new) == len(rows) and not self._lasting:
             return computed[0]
@@ -114,9 +114,6 @@ class PrefixCache:
     def _read(self, row: int) -> Tensor:
         kept = self._kept[row]
         return kept if isinstance(kept, Tensor) else load_file(kept)["hidden"].to(self._adapted.device)
-
-    def _length(self, row: int) -> int:
-        return len(self._rows.features["input_ids"][row])
 
 
 def frozen(adapted: AdaptedModel, rows: Encoded, memory_bytes: int, disk_bytes: int = 0) -> PrefixCache | None:
@@ -149,10 +146,10 @@ def may_start_at(adapted: AdaptedModel, rows: Encoded, depth: int) -> bool:
 
 @torch.no_grad()
 def _difference(adapted: AdaptedModel, rows: Encoded, depth: int) -> str:
-    inputs = rows.batch(range(min(2, len(rows))))
-    whole = adapted.logits({}, inputs)
+    inputs = rows.inputs(range(min(2, len(rows))))
+    whole = adapted.features({}, inputs)
     try:
-        short = adapted.logits({}, inputs, entering=adapted.prefix(inputs, depth))
+        short = adapted.features({}, inputs, adapted.prefix(inputs, depth))
     except NoPrefixError as error:
         return str(error)
     close = torch.allclose(whole, short, rtol=1e-3, atol=1e-3 * float(whole.abs().max()))

@@ -20,6 +20,7 @@ from spry_app.protocol import to_arrays
 from spry_app.server.record import Recorder
 from spry_app.server.stopping import end_round
 from spry_app.server.strategy import SpryStrategy
+from spry_app.tasks import get_task
 
 WORDS = ("good", "great", "fine", "happy", "bad", "awful", "poor", "sad", "film", "plot", "the", "a", "was", "very")
 
@@ -116,7 +117,11 @@ class Federation:
         self.run_config = run_config
         self.config = RunConfig.from_flower(run_config)
         self.adapted: AdaptedModel = load_model(
-            self.config.model, self.config.adapter, len(label_names(self.config.data)), self.config.seed
+            self.config.model,
+            self.config.adapter,
+            len(label_names(self.config.data)),
+            self.config.seed,
+            task=get_task(self.config.data),
         )
         self.recorder = Recorder(folder, self.config)
         config = self.config

@@ -46,11 +46,20 @@ def test_what_could_not_have_come_over_a_wire_is_refused(shape: tuple[int, ...],
 
 
 @pytest.mark.parametrize(
-    "score", [Score(1e300, 1, 2), Score(math.nan, 1, 2), Score(1.0, 2**40, 2**40), Score(1.0, 0, 0)]
+    "score",
+    [
+        Score(1e300, {"correct": 1}, 2),
+        Score(math.nan, {"correct": 1}, 2),
+        Score(1.0, {"correct": 2**40}, 2**40),
+        Score(1.0, {"correct": 0}, 0),
+        Score(1.0, {"correct": 3}, 2),
+        Score(1.0, {"correct": math.nan}, 2),
+        Score(1.0, {"correct": -1}, 2),
+    ],
 )
 def test_an_impossible_score_is_refused(score: Score) -> None:
     with pytest.raises(MalformedReply, match="an impossible score"):
-        Score.from_message(score.to_message(introduction_request(5, "f")))
+        Score.from_message(score.to_message(introduction_request(5, "f")), {"correct": (0, 1)})
 
 
 BOMBS = [npy(shape, kind, b"12345678") for shape in SHAPES for kind in FORMATS] + list(PAYLOADS)

@@ -154,7 +154,9 @@ def test_no_score_breaks_an_evaluation(run_config: dict, tmp_path: Path) -> None
         with bounded(f"message {number}"):
             strategy.aggregate_evaluate(1, messages)
         score = strategy.recorder.score
-        assert score is None or (0 <= score.correct <= score.examples and abs(score.loss) < 1e30), f"message {number}"
+        assert score is None or (0 <= score.sums["correct"] <= score.examples and abs(score.loss) < 1e30), (
+            f"message {number}"
+        )
 
 
 def test_no_introduction_breaks_the_start(run_config: dict, tmp_path: Path) -> None:

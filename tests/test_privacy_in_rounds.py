@@ -255,7 +255,7 @@ def test_no_loss_and_no_score_leaves_a_node_even_if_it_is_asked(mode: str, run_c
     strategy = federation.strategy
     tensors, units = strategy.snapshot(), tuple(strategy.units)
     task = Task(1, 0, tensors, units, strategy.fingerprint, evaluate=True)
-    reply = TrainReply.from_message(client_app(task.to_message(node), context))
+    reply = TrainReply.from_message(client_app(task.to_message(node), context), {})
     assert (reply.loss, reply.personal) == (0.0, None)
     refused = refusal_reason(client_app(task.to_message(node, EVALUATE), context))
     assert "does not say how well the model does on its rows; give the server a test set" in refused

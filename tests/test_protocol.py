@@ -23,6 +23,7 @@ from spry_app.protocol import (
 )
 
 TENSORS = {"a.weight": torch.tensor([[1.5, -2.0]]), "b": torch.tensor(math.pi), "empty": torch.zeros(0, 3)}
+CORRECT = {"correct": (0, 1)}
 TASK = Task(3, 1, TENSORS, ("u", "head"), "f" * 64, evaluate=True, measure=False, update={"b": torch.ones(2)})
 
 
@@ -43,11 +44,11 @@ def test_a_task_arrives_as_it_was_sent() -> None:
     )
 
 
-@pytest.mark.parametrize("personal", [None, Score(1.5, 3, 4)])
+@pytest.mark.parametrize("personal", [None, Score(1.5, {"correct": 3}, 4)])
 @pytest.mark.parametrize("slopes", [(), ((0.1, -1e-30), (1e30, 2.0))])
 def test_a_reply_arrives_as_it_was_sent(personal: Score | None, slopes: tuple) -> None:
     reply = TrainReply(TENSORS, slopes, 0.25, 16, 1.0, 37.5, 12.5, personal)
-    arrived = TrainReply.from_message(wire(reply.to_message(TASK.to_message(5))))
+    arrived = TrainReply.from_message(wire(reply.to_message(TASK.to_message(5))), CORRECT)
     assert same(arrived.tensors, TENSORS)
     assert arrived.slopes == slopes
     assert (arrived.loss, arrived.examples, arrived.peak_mib, arrived.personal) == (0.25, 16, 12.5, personal)
@@ -68,7 +69,7 @@ def test_an_impossible_memory_is_refused(memory: float) -> None:
 
 def test_a_refusal_carries_its_sentence() -> None:
     assert refusal_reason(wire(refusal(TASK.to_message(5), SpryError("set data.source")))) == "set data.source"
-    assert refusal_reason(wire(Score(1.0, 1, 2).to_message(TASK.to_message(5)))) == ""
+    assert refusal_reason(wire(Score(1.0, {"correct": 1}, 2).to_message(TASK.to_message(5)))) == ""
 
 
 def test_size_is_that_of_the_serialised_content() -> None:
@@ -93,8 +94,9 @@ records = st.one_of(
 @given(content=st.dictionaries(st.sampled_from(["arrays", "metrics", "introduction", "refusal"]), records))
 def test_any_reply_is_read_or_refused_but_never_crashes(content: dict) -> None:
     message = Message(content=RecordDict(content), reply_to=TASK.to_message(5))
-    for kind in (TrainReply, Score, Introduction):
+    readers = [lambda m: TrainReply.from_message(m, CORRECT), lambda m: Score.from_message(m, CORRECT)]
+    for read in (*readers, Introduction.from_message):
         try:
-            kind.from_message(message)
+            read(message)
         except MalformedReply as error:
             assert str(error)

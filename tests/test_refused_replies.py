@@ -84,7 +84,7 @@ def breaking(how: str) -> Any:
         ("forwards nan", "cannot have taken nan forward passes"),
         ("forwards -1", "cannot have taken -1.0 forward passes"),
         ("forwards 1e9", "cannot have taken 1000000000.0 forward passes"),
-        ("impossible score", "an impossible score: 4 of 3"),
+        ("impossible score", "an impossible score: correct 4 of 3"),
         ("empty score", "measurements are impossible"),
         ("no metrics", "slopes in the metrics is"),
         ("no arrays", "arrays are missing"),
@@ -138,7 +138,7 @@ SOUND = TrainReply({"a": torch.ones(2)}, ((1.0, 2.0),), loss=0.5, examples=8, se
         ({"seconds": -1.0}, "measurements are impossible"),
         ({"peak_mib": -1.0}, "measurements are impossible"),
         ({"seconds": math.inf}, "measurements are impossible"),
-        ({"personal": Score(1.0, 1, 2)}, "measurements are impossible"),
+        ({"personal": Score(1.0, {"correct": 1}, 2)}, "measurements are impossible"),
         ({"slopes": ((1.0, -1e13),)}, "a slope is beyond 1e+12"),
         ({"slopes": ((1.0, 2.0), (1.0, 2.0))}, "2 steps of 2 slopes; asked for were 1 steps of 2"),
         ({"slopes": ()}, "0 steps of 0 slopes"),
@@ -175,10 +175,10 @@ def test_only_those_who_were_asked_score_the_model_and_only_once(run_config: dic
     strategy.recorder.begin(1)
     messages = strategy.configure_evaluate(1, to_arrays(strategy.snapshot()), None, grid)  # type: ignore
     (reply,) = grid.send_and_receive(messages)
-    stranger = Score(0.0, 10**6, 10**6).to_message(messages[0])
+    stranger = Score(0.0, {"correct": 10**6}, 10**6).to_message(messages[0])
     stranger.metadata.__dict__["_src_node_id"] = 99
-    strategy.aggregate_evaluate(1, [stranger, reply, reply, Score(0.0, 9, 9).to_message(messages[0])])
-    assert strategy.recorder.score == Score.from_message(reply)
+    strategy.aggregate_evaluate(1, [stranger, reply, reply, Score(0.0, {"correct": 9}, 9).to_message(messages[0])])
+    assert strategy.recorder.score == Score.from_message(reply, {"correct": (0, 1)})
     assert strategy.recorder.current.refused == 3
 
 

@@ -131,11 +131,11 @@ def test_the_global_models_accuracy_is_taken_before_any_further_training(run_con
     federation.start(CLIENTS, rounds=2)
     config, model = federation.config, federation.adapted
     model.load_tensors(federation.strategy.snapshot())
-    total = Score(0.0, 0, 0)
+    total = Score(0.0, {}, 0)
     for client in range(CLIENTS):
         shard = load_shard(config.data, config.seed, client, CLIENTS).heldout
         total += score(model, classification.encode(shard, model.tokenizer, config.data.max_length), 32)
     last = federation.recorder.rounds[-1]
     assert last.loss == pytest.approx(total.loss / total.examples, rel=1e-5)
-    assert last.accuracy == total.correct / total.examples
+    assert last.accuracy == total.sums["correct"] / total.examples
     assert last.personalised_accuracy is not None

@@ -41,7 +41,7 @@ def accuracy(folder: Path, data: Path, **keys: Any) -> float:
     test = load_corpus(federation.config.data).test
     assert test is not None and len(test) == 872
     result = score(federation.adapted, classification.encode(test, federation.adapted.tokenizer, 64), 32)
-    return result.correct / result.examples
+    return result.sums["correct"] / result.examples
 
 
 @pytest.mark.slow

@@ -14,8 +14,7 @@ from spry_app.models import AdaptedModel, Fixed, load_model
 from spry_app.objectives import score
 from spry_app.prefix import PrefixCache, frozen
 from spry_app.protocol import Score
-from spry_app.tasks import classification
-from spry_app.tasks.classification import Encoded
+from spry_app.tasks import Encoded, LearningTask, get_task
 
 
 @dataclass(frozen=True)
@@ -84,10 +83,16 @@ def _memory_mib(node_config: Mapping[str, bool | float | int | str]) -> float:
 
 @functools.lru_cache(maxsize=1)
 def _load_model(
-    model: ModelConfig, adapter: AdapterConfig, labels: int, seed: int, path: str, frame: Fixed | None
+    model: ModelConfig,
+    adapter: AdapterConfig,
+    task: LearningTask,
+    labels: int,
+    seed: int,
+    path: str,
+    frame: Fixed | None,
 ) -> tuple[AdaptedModel, Tensors]:
     """The model, which nodes in one process share, and its tensors as they were then."""
-    adapted = load_model(model, adapter, labels, seed, path, frame)
+    adapted = load_model(model, adapter, labels, seed, path, frame, task)
     return adapted, adapted.tensors()
 
 
@@ -95,11 +100,15 @@ def _load_model(
 def _load_node(
     config: RunConfig, path: str, file: str, index: int, count: int, memory_mib: float, frame: Fixed | None
 ) -> Node:
-    labels = len(label_names(config.data))
-    adapted, start = _load_model(config.model, config.adapter, labels, config.seed, path, frame)
+    task, labels = get_task(config.data), len(label_names(config.data))
+    adapted, start = _load_model(config.model, config.adapter, task, labels, config.seed, path, frame)
+    task.prepare(adapted, config.data)
     shard = load_shard(config.data, config.seed, index, count, file)
-    encode = functools.partial(classification.encode, tokenizer=adapted.tokenizer, max_length=config.data.max_length)
-    return Node(adapted, encode(shard.train), encode(shard.heldout), start, index, memory_mib)
+    train, heldout = (
+        task.encode(rows, adapted.tokenizer, config.data, trained)
+        for rows, trained in ((shard.train, True), (shard.heldout, False))
+    )
+    return Node(adapted, train, heldout, start, index, memory_mib)
 
 
 def models_loaded() -> int:

@@ -54,13 +54,13 @@ def _check_cut(node: Node, cut: int) -> None:
 
 @torch.no_grad()
 def _cut_problem(node: Node, cut: int) -> str:
-    adapted, inputs = node.adapted, node.train.batch(range(min(2, len(node.train))))
+    adapted, inputs = node.adapted, node.train.inputs(range(min(2, len(node.train))))
     depths, here = adapted.depths(), adapted.tensors()
     v = direction(Seed(run=0, round=0, client=0, step=0), 0, here)
     low, high = (moved(here, {n: v[n] for n in here if (depths[n] < cut) is side}, MOVE) for side in (True, False))
-    whole = adapted.logits(moved(here, v, MOVE), inputs)
+    whole = adapted.features(moved(here, v, MOVE), inputs)
     try:
-        joined = adapted.logits(high, inputs, entering=adapted.prefix(inputs, cut, low))
+        joined = adapted.features(high, inputs, adapted.prefix(inputs, cut, low))
     except NoPrefixError as error:
         return str(error)
     close = torch.allclose(whole, joined, rtol=1e-3, atol=1e-3 * float(whole.abs().max()))

@@ -42,7 +42,7 @@ class Section(BaseModel):
 
 class ModelConfig(Section):
     name: str = Field("minilm", min_length=1)
-    """Checkpoint for sequence classification: a Hub name, a local path, or "minilm" (extra `demo`)."""
+    """Checkpoint of a model for `data.task`: a Hub name, a local path, or "minilm" (extra `demo`)."""
     revision: str = ""
     """Branch, tag or commit of a Hub checkpoint."""
     quantization: Literal["none", "nf4", "fp4", "int8"] = "none"
@@ -102,6 +102,9 @@ SUBSPACE_KEYS: dict[str, frozenset[str]] = {
 
 
 class DataConfig(Section):
+    task: str = Field("classification", min_length=1)
+    """What is learned from the rows: "classification", of a text or a pair of texts; or "package.module:object" for a
+    LearningTask of your own (spry_app/tasks/task.py). Keys that a task does not use must stay at their defaults."""
     source: str = Field("household", min_length=1)
     """"household" (embedded), a local .jsonl/.csv/.parquet file, or a Hub name."""
     config: str = ""

@@ -12,9 +12,10 @@ import numpy as np
 from datasets import Dataset
 
 from spry_app.config import DataConfig
-from spry_app.data.corpus import load_corpus, load_file, missing_field
+from spry_app.data.corpus import load_corpus, load_file
 from spry_app.data.sources import read_train
 from spry_app.errors import SpryError
+from spry_app.tasks.columns import missing_field
 
 Rule = Callable[[Dataset, DataConfig, int, int], list[list[int]]]
 """(shuffled columns row, label, [group]; config; seed; count) -> row numbers of every shard."""
@@ -74,6 +75,11 @@ def _iid(rows: Dataset, _config: DataConfig, _seed: int, count: int) -> list[lis
 
 def _dirichlet(rows: Dataset, config: DataConfig, seed: int, count: int) -> list[list[int]]:
     """How each label is spread over the shards is drawn, or what each shard is made of."""
+    if "label" not in rows.column_names:
+        raise SpryError(
+            f"data.partition is 'dirichlet', which deals rows out by their labels, and the rows of data.task "
+            f"{config.task!r} have none: set data.partition to iid or natural."
+        )
     if config.equal_sizes:
         return _mixtures(rows, config, seed, count)
     from flwr_datasets.partitioner import DirichletPartitioner

@@ -50,13 +50,15 @@ class RoundDisplay:
 
 
 def describe(row: Row, first: Row | None) -> str:
-    """Loss, accuracy, MiB sent both ways, time left; `first`: the round from which the pace is measured."""
+    """Loss, main metric, MiB sent both ways, time left; `first`: the round from which the pace is measured."""
     parts = []
     loss = row["loss"] if row["loss"] is not None else row["train-loss"]
     if loss is not None:
         parts.append(f"loss {loss:.3f}")
-    if row["accuracy"] is not None:
-        parts.append(f"accuracy {row['accuracy']:.1%}")
+    name = row.get("main-metric", "accuracy")
+    main = (row.get("metrics") or row).get(name)
+    if main is not None:
+        parts.append(f"{name} {main:.1%}")
     if row.get("epsilon") is not None:
         parts.append(f"epsilon {row['epsilon']:.3g}")
     if row["answered"] < row["asked"]:
@@ -74,8 +76,9 @@ def describe(row: Row, first: Row | None) -> str:
 def summary(result: Row, base: Path) -> Table:
     """The closing table from result.json; paths are shown relative to `base` where they are below it."""
     table = Table.grid(padding=(0, 2))
+    name = result.get("main-metric", "accuracy")
     table.add_row(
-        "accuracy", f"{_percent(result['accuracy-before'])} before, {_percent(result['accuracy-after'])} after"
+        name, f"{_percent(result.get(f'{name}-before'))} before, {_percent(result.get(f'{name}-after'))} after"
     )
     table.add_row(
         "memory", f"{_mib(result['peak-mib'])} a client step; {_mib(result['peak-mib-backprop'])} with backprop"

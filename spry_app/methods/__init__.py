@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-from importlib import import_module
 from typing import Any
 
 from spry_app.autodiff.gradients import GRADIENTS, central, one_sided
@@ -12,6 +11,7 @@ from spry_app.methods.assignment import ASSIGNMENTS, Deal, cyclic_split
 from spry_app.methods.fit import Layout, as_it_is, cut_in_two
 from spry_app.methods.method import Method
 from spry_app.methods.pick import NEAREST
+from spry_app.plugins import load_object
 
 _FORWARD, _BACKPROP = GRADIENTS["forward-mode"], GRADIENTS["backprop"]
 _CENTRAL, _ONE_SIDED = GRADIENTS["central-difference"], GRADIENTS["one-sided-difference"]
@@ -98,13 +98,4 @@ def _find(name: str) -> Method:
     return METHODS[name]
 
 
-def load_object(path: str, key: str) -> Any:
-    """Import "package.module:object"; `key` is the run-config key it came from."""
-    module, _, attribute = path.partition(":")
-    try:
-        return getattr(import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise SpryError(f'{key}={path!r} cannot be imported ({error}). It must be "package.module:object".') from error
-
-
-__all__ = ["METHODS", "Deal", "Layout", "Method", "get_method", "load_object"]
+__all__ = ["METHODS", "Deal", "Layout", "Method", "get_method"]

@@ -1,5 +1,6 @@
 """A loaded model with its adapter: read, replace and save what is trained. Losses and gradients live elsewhere."""
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from spry_app.models.randomness import seeded
 from spry_app.models.sources import public_name
 from spry_app.models.subspace import Fixed, Subspace, install_subspace
 from spry_app.models.units import HEAD, Units, group
+from spry_app.tasks import TASKS, LearningTask
 
 Tensors = dict[str, Tensor]
 
@@ -66,7 +68,8 @@ class AdaptedModel:
         dropout: int | None = None,
         entering: Entering | None = None,
     ) -> Tensor:
-        """Shape (batch, labels), fp32, with `params` in place of the parameters of those names.
+        """Shape (batch, labels), fp32, with `params` in place of the parameters of those names; of a model that finds
+        answers in a text, (batch, tokens, 2): where one begins, and where it ends.
 
         Duals and gradients pass through. `dropout` seeds LoRA's dropout masks, so that equal seeds give one
         deterministic function to differentiate; None leaves dropout out. `entering`: the pass begins there (`prefix`).
@@ -86,23 +89,49 @@ class AdaptedModel:
         Logits exist for a few tokens at a time (token_loss). Raises NotImplementedError for a model that changes its
         logits after its head.
         """
-        base = cast(PreTrainedModel, self.model.get_base_model())
-        changes = [key for key in _LOGIT_CHANGES if getattr(base.config, key, None) not in (None, 1, 1.0)]
+        settings = self.model.config
+        changes = [key for key in _LOGIT_CHANGES if getattr(settings, key, None) not in (None, 1, 1.0)]
         if changes:
-            raise NotImplementedError(f"a {base.config.model_type} model changes its logits by {', '.join(changes)}")
-        head: nn.Module = base.get_output_embeddings()  # type: ignore[no-untyped-call]
+            raise NotImplementedError(f"a {settings.model_type} model changes its logits by {', '.join(changes)}")
         placed = self._placed(params)
-        name = next(name for name, part in self.model.named_modules() if part is head)
-        own = {key.removeprefix(f"{name}."): value for key, value in placed.items() if key.startswith(f"{name}.")}
-        with _passing_through(head):
-            hidden = self._output(placed, inputs, dropout, entering)
+        hidden = self._features(placed, inputs, dropout, entering)
         following = F.pad(labels[:, 1:], (0, 1), value=IGNORED)  # cheaper than hidden states cut short, and so copied
         return token_loss(
-            hidden,
-            lambda rows: functional_call(head, own, (rows,)),
-            onto(following, self.device),
-            base.config.vocab_size,
+            hidden, functools.partial(self._head_of, placed), onto(following, self.device), settings.vocab_size
         )
+
+    def features(
+        self, params: Mapping[str, Tensor], inputs: Mapping[str, Tensor], entering: Entering | None = None
+    ) -> Tensor:
+        """What the output layer over the vocabulary is given, where the model has one, fp32; else its logits."""
+        return self._features(self._placed(params), inputs, None, entering).float()
+
+    def bound(
+        self, params: Mapping[str, Tensor], dropout: int | None = None, entering: Entering | None = None
+    ) -> "Bound":
+        """The model as a task sees it."""
+        return Bound(self, params, dropout, entering)
+
+    def _features(
+        self, placed: Tensors, inputs: Mapping[str, Tensor], dropout: int | None, entering: Entering | None
+    ) -> Tensor:
+        with _passing_through(self._vocabulary_head):
+            return self._output(placed, inputs, dropout, entering)
+
+    @property
+    def _vocabulary_head(self) -> nn.Module | None:
+        base = cast(PreTrainedModel, self.model.get_base_model())
+        head: nn.Module | None = base.get_output_embeddings()  # type: ignore[no-untyped-call]
+        return head
+
+    def _head_of(self, placed: Tensors, rows: Tensor) -> Tensor:
+        """Logits of these rows of `features`."""
+        head = self._vocabulary_head
+        assert head is not None
+        name = next(name for name, part in self.model.named_modules() if part is head)
+        own = {key.removeprefix(f"{name}."): value for key, value in placed.items() if key.startswith(f"{name}.")}
+        logits: Tensor = functional_call(head, own, (rows,))
+        return logits
 
     def _placed(self, params: Mapping[str, Tensor]) -> Tensors:
         own = {name: self.model.get_parameter(name) for name in params}
@@ -114,8 +143,8 @@ class AdaptedModel:
         self, placed: Tensors, inputs: Mapping[str, Tensor], dropout: int | None, entering: Entering | None
     ) -> Tensor:
         with self._dropout(dropout), starting_from(entering):
-            logits: Tensor = functional_call(self.model, placed, kwargs=self._batch(inputs), tie_weights=False).logits
-        return logits
+            out = functional_call(self.model, placed, kwargs=self._batch(inputs), tie_weights=False)
+        return out.logits if hasattr(out, "logits") else torch.stack([out.start_logits, out.end_logits], -1)
 
     @torch.no_grad()
     def prefix(
@@ -179,13 +208,32 @@ class AdaptedModel:
                 layer.eval()
 
 
+@dataclass(frozen=True)
+class Bound:
+    """A model at some of its tensors, dropout masks and a place to begin (tasks.Model)."""
+
+    adapted: AdaptedModel
+    params: Mapping[str, Tensor]
+    dropout: int | None
+    entering: Entering | None
+
+    def logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        return self.adapted.logits(self.params, inputs, self.dropout, self.entering)
+
+    def next_token_loss(self, inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
+        return self.adapted.next_token_loss(self.params, inputs, labels, self.dropout, self.entering)
+
+
 _LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """What configurations call a change of the logits after the head."""
 
 
 @contextmanager
-def _passing_through(head: nn.Module) -> Iterator[None]:
+def _passing_through(head: nn.Module | None) -> Iterator[None]:
     """Inside it, `head` returns what it is given."""
+    if head is None:
+        yield
+        return
     head.forward = lambda hidden: hidden
     try:
         yield
@@ -194,19 +242,26 @@ def _passing_through(head: nn.Module) -> Iterator[None]:
 
 
 def load_model(
-    model: ModelConfig, adapter: AdapterConfig, num_labels: int, seed: int, path: str = "", frame: Fixed | None = None
+    model: ModelConfig,
+    adapter: AdapterConfig,
+    num_labels: int,
+    seed: int,
+    path: str = "",
+    frame: Fixed | None = None,
+    task: LearningTask = TASKS["classification"],
 ) -> AdaptedModel:
     """Load, quantise, adapt. `path` is a node's own copy, taken instead of model.name.
 
-    frame: what is not computed here of a subspace of the adapter, but given (Subspace.sent).
+    num_labels: classes of the task, 0 where it has none. frame: what is not computed here of a subspace of the
+    adapter, but given (Subspace.sent).
     Whatever the checkpoint lacks and LoRA's first factors are drawn from `seed` alone, the same on every node.
     Raises SpryError for a model, device, quantiser or target that is not to be had.
     """
     device = find_device(model.device)
     with seeded(seed, device):
-        base = load_checkpoint(model, num_labels, device, path)
+        base = load_checkpoint(model, task, num_labels, device, path)
         identity = fingerprint(base.model, base.head)
-        adapted = attach(base.model, adapter, base.head, public_name(model.name), model.revision)
+        adapted = attach(base.model, adapter, base.head, public_name(model.name), model.revision, task.peft_type)
     subspace = install_subspace(adapted, adapter, seed, frame)
     if subspace.fixed is not None:
         identity = with_fixed(identity, subspace.fixed.digest)

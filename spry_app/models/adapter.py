@@ -47,14 +47,16 @@ _QUERY_AND_VALUE = (
 
 
 def attach(
-    model: PreTrainedModel, adapter: AdapterConfig, head: tuple[str, ...], name: str, revision: str
+    model: PreTrainedModel, adapter: AdapterConfig, head: tuple[str, ...], name: str, revision: str, peft_type: str
 ) -> PeftModel:
-    """The model with an adapter and a copy of its head as the only trainable parameters, all but biases fp32.
+    """The model with an adapter and a copy of its head, where the task makes one, as the only trainable parameters, all
+    but biases fp32.
 
-    `name` and `revision` are what a saved adapter gives as its base model. LoRA's first factor is drawn from torch's
-    global generator. Raises SpryError if the model has not what the adapter is to change.
+    `name` and `revision` are what a saved adapter gives as its base model, `peft_type` as its task. LoRA's first factor
+    is drawn from torch's global generator. Raises SpryError if the model has not what the adapter is to change.
     """
     config = KINDS[adapter.kind](model, adapter, head)
+    config.task_type = peft_type
     with warnings.catch_warnings():
         # PEFT asks transformers for a property by its old name.
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
@@ -138,6 +140,11 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _head_alone(model: PreTrainedModel, adapter: AdapterConfig, head: tuple[str, ...]) -> PeftConfig:
+    if not head:
+        raise SpryError(
+            "adapter.kind is 'none', which trains the head alone, and the models of this data.task have none that is "
+            'new: set adapter.kind to "lora".'
+        )
     return LoraConfig(target_modules=DUMMY_TARGET_MODULES, **_shared(head))
 
 
@@ -152,7 +159,7 @@ KINDS: dict[str, Kind] = {
 
 
 def _shared(head: tuple[str, ...]) -> dict[str, Any]:
-    return {"task_type": "SEQ_CLS", "modules_to_save": list(head)}
+    return {"modules_to_save": list(head) or None}
 
 
 def _is_transposed(model: PreTrainedModel) -> bool:

@@ -1,4 +1,4 @@
-"""Load and quantise a checkpoint for sequence classification; adapters are attached elsewhere."""
+"""Load and quantise a checkpoint for a task; adapters are attached elsewhere."""
 
 import importlib
 import logging
@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from transformers import (
     AutoConfig,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedConfig,
@@ -22,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 from spry_app.config import ModelConfig
 from spry_app.errors import SpryError
 from spry_app.models.sources import EMBEDDED, find
+from spry_app.tasks import LearningTask
 
 logger = logging.getLogger(__name__)
 
@@ -35,29 +35,34 @@ _QUANTIZERS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A frozen model in eval mode; `head` names its children outside the backbone."""
+    """A frozen model in eval mode; `head` names its children outside the backbone that the task makes new, if any."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     head: tuple[str, ...]
 
 
-def load_checkpoint(config: ModelConfig, num_labels: int, device: torch.device, path: str = "") -> Checkpoint:
-    """Load `path`, or else `config.name`. Weights the checkpoint lacks are drawn from torch's global generator."""
+def load_checkpoint(
+    config: ModelConfig, task: LearningTask, num_labels: int, device: torch.device, path: str = ""
+) -> Checkpoint:
+    """Load `path`, or else `config.name`. Weights the checkpoint lacks are drawn from torch's global generator.
+
+    num_labels: classes of the task, 0 where it has none.
+    """
     location = find(config.name, path)
     quantizer = _quantizer(config)
-    with _quiet(), _explained(config, location):
+    with _quiet(), _explained(config, task, location):
         settings = AutoConfig.from_pretrained(
-            location, revision=config.revision or None, num_labels=num_labels, trust_remote_code=False
+            location, revision=config.revision or None, trust_remote_code=False, **_classes(num_labels)
         )
         if getattr(settings, "quantization_config", None):
             raise ValueError("it is quantised already; take the full checkpoint and set model.quantization")
         tokenizer = AutoTokenizer.from_pretrained(location, revision=config.revision or None, trust_remote_code=False)
         _pad(tokenizer, settings)
-        head = _head(settings)
-        if quantizer is not None:
+        head = _head(settings, task) if task.head else ()
+        if quantizer is not None and head:
             quantizer.llm_int8_skip_modules = list(head)
-        model, report = AutoModelForSequenceClassification.from_pretrained(
+        model, report = task.auto_model.from_pretrained(
             location,
             revision=config.revision or None,
             config=settings,
@@ -118,16 +123,20 @@ def _pad(tokenizer: PreTrainedTokenizerBase, settings: PreTrainedConfig) -> None
     settings.use_cache = False
 
 
-def _head(settings: PreTrainedConfig) -> tuple[str, ...]:
+def _classes(count: int) -> dict[str, int]:
+    return {"num_labels": count} if count else {}
+
+
+def _head(settings: PreTrainedConfig, task: LearningTask) -> tuple[str, ...]:
     with torch.device("meta"):
-        skeleton = AutoModelForSequenceClassification.from_config(settings, trust_remote_code=False)  # type: ignore[no-untyped-call]
+        skeleton = task.auto_model.from_config(settings, trust_remote_code=False)
     head = tuple(
         name
         for name, child in skeleton.named_children()
         if child is not skeleton.base_model and any(True for _ in child.parameters())
     )
     if skeleton.base_model is skeleton or not head:
-        raise ValueError("its architecture has no classification head of its own beside a backbone")
+        raise ValueError(f"its architecture has no {task.noun} head of its own beside a backbone")
     return head
 
 
@@ -145,13 +154,13 @@ def _warn_of_random_weights(report: dict[str, Any], head: tuple[str, ...]) -> No
 
 
 @contextmanager
-def _explained(config: ModelConfig, location: str) -> Iterator[None]:
+def _explained(config: ModelConfig, task: LearningTask, location: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise SpryError(
-            f"model.name is {config.name!r}: no sequence-classification model could be loaded from {location!r} "
+            f"model.name is {config.name!r}: no {task.noun} model could be loaded from {location!r} "
             f"({reason}). Allowed are a Hub name (owner/name, with model.revision if wanted), a local folder with "
             f"config.json, weights and tokenizer, or one of: {', '.join(EMBEDDED)}."
         ) from error

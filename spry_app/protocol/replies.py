@@ -1,6 +1,7 @@
 """What a node answers. What it was asked is in task.py."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -11,31 +12,49 @@ from spry_app.protocol.records import LARGEST, MalformedReply, Record, Tensors, 
 
 MOST_EXAMPLES = 2**31
 """Rows that a node may say it has."""
+Bounds = Mapping[str, tuple[float, float]]
+"""Name of each sum that a score must have -> the least and the most that one example adds to it."""
 _LONGEST_DIGEST = 256
+_HELDOUT = "heldout"
+"""Over the wire, the examples of a score: those of the training have that name."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """Sums over some rows: mean loss = loss / examples, accuracy = correct / examples."""
+    """Sums over some rows. Which there are besides the loss, and what they are sums of, the task says; over the wire
+    they go by their names.
+    """
 
     loss: float
-    correct: int
+    sums: Mapping[str, float]
     examples: int
 
     def __add__(self, other: "Score") -> "Score":
-        return Score(self.loss + other.loss, self.correct + other.correct, self.examples + other.examples)
+        """Of both; a sum that only one of them has counts as it is."""
+        names = self.sums.keys() | other.sums.keys()
+        both = {name: self.sums.get(name, 0) + other.sums.get(name, 0) for name in sorted(names)}
+        return Score(self.loss + other.loss, both, self.examples + other.examples)
+
+    def numbers(self) -> dict[str, float]:
+        """All of them by name: "loss", "examples", and the others."""
+        return {**self.sums, "loss": self.loss, "examples": self.examples}
 
     def to_message(self, task: Message) -> Message:
         return _reply(task, {}, _score_metrics(self))
 
     @classmethod
-    def from_message(cls, message: Message) -> Self:
+    def from_message(cls, message: Message, bounds: Bounds) -> Self:
         """Raises MalformedReply."""
         metrics = Record(message, "metrics")
-        score = cls(metrics.get("loss", float), metrics.get("correct", int), metrics.get("heldout", int))
-        sound = 0 <= score.correct <= score.examples <= MOST_EXAMPLES
-        if not (sound and abs(score.loss) <= LARGEST * score.examples):
-            raise MalformedReply(f"an impossible score: {score.correct} of {score.examples}, loss {score.loss}")
+        sums = {name: metrics.get(name, float) for name in bounds}
+        score = cls(metrics.get("loss", float), sums, metrics.get(_HELDOUT, int))
+        sound = 0 <= score.examples <= MOST_EXAMPLES and abs(score.loss) <= LARGEST * score.examples
+        within = (
+            least * score.examples <= sums[name] <= most * score.examples for name, (least, most) in bounds.items()
+        )
+        if not (sound and all(within)):
+            shown = ", ".join(f"{name} {value:g}" for name, value in sums.items())
+            raise MalformedReply(f"an impossible score: {shown} of {score.examples}, loss {score.loss}")
         return score
 
 
@@ -74,9 +93,10 @@ class TrainReply:
         return _reply(task, self.tensors, metrics)
 
     @classmethod
-    def from_message(cls, message: Message) -> Self:
+    def from_message(cls, message: Message, bounds: Bounds) -> Self:
         """Raises MalformedReply where a record or a number is missing or of another kind."""
         metrics = Record(message, "metrics")
+        scored = any(name in metrics for name in (*bounds, _HELDOUT))
         return cls(
             tensors=tensors_in(message),
             slopes=_rows(metrics.list_of("slopes", float, int), metrics.get("steps", int)),
@@ -85,7 +105,7 @@ class TrainReply:
             seconds=metrics.get("seconds", float),
             forwards=metrics.get("forwards", float),
             peak_mib=metrics.get("peak-mib", float),
-            personal=Score.from_message(message) if "correct" in metrics else None,
+            personal=Score.from_message(message, bounds) if scored else None,
         )
 
 
@@ -166,7 +186,7 @@ def _rows(flat: list[float], rows: int) -> tuple[tuple[float, ...], ...]:
 
 
 def _score_metrics(score: Score) -> dict[str, int | float | list[int] | list[float]]:
-    return {"loss": score.loss, "correct": score.correct, "heldout": score.examples}
+    return {"loss": score.loss, **score.sums, _HELDOUT: score.examples}
 
 
 def _reply(task: Message, tensors: Tensors, metrics: dict[str, int | float | list[int] | list[float]]) -> Message:

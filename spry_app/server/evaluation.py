@@ -40,18 +40,19 @@ def summed(
 
     letters: what was asked. check: raises MalformedReply for a node that has not answered.
     """
-    total = Score(loss=0.0, correct=0, examples=0)
+    task = recorder.task
+    total = Score(loss=0.0, sums={}, examples=0)
     for message in replies:
         node = message.metadata.src_node_id
         try:
             recorder.received(size_bytes(message))
             node = letters.sender(message)
             check(message, node)
-            total += Score.from_message(message)
+            total += Score.from_message(message, task.sums)
         except MalformedReply as error:
             recorder.refuse(node, str(error))
     recorder.silent(letters.given_up())
     if not total.examples:
         return None
     recorder.score = total
-    return MetricRecord({"loss": total.loss / total.examples, "accuracy": total.correct / total.examples})
+    return MetricRecord({"loss": total.loss / total.numbers()[task.loss_over], **recorder.metrics_of(total)})

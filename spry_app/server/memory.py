@@ -12,7 +12,7 @@ from spry_app.methods import Method
 from spry_app.methods.replay import exact_names
 from spry_app.models import AdaptedModel
 from spry_app.objectives import batch_of, head_cut
-from spry_app.tasks.classification import Encoded
+from spry_app.tasks import Encoded
 
 
 def step_peaks(adapted: AdaptedModel, rows: Encoded, config: RunConfig, method: Method) -> dict[str, float]:

@@ -12,22 +12,25 @@ Curve = tuple[str, Callable[[Round], float | None]]
 
 PANELS: dict[str, tuple[Curve, ...]] = {
     "loss": (("training batches", lambda r: r.train_loss), ("held-out, global model", lambda r: r.loss)),
-    "accuracy": (
-        ("global model, held-out", lambda r: r.accuracy),
-        ("personalised, held-out", lambda r: r.personalised_accuracy),
+    "{main_metric}": (
+        ("global model, held-out", lambda r: r.main),
+        ("personalised, held-out", lambda r: r.personalised_main),
     ),
     "MiB, all clients": (("server to clients", lambda r: r.mib_down), ("clients to server", lambda r: r.mib_up)),
 }
 
 
 def draw(rounds: Sequence[Round], path: Path, title: str) -> None:
-    """Write a PNG with one panel a quantity; a quantity that was never measured leaves its curve out."""
+    """Write a PNG with one panel a quantity, the main metric of the task among them; one that was never measured leaves
+    its curve out.
+    """
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     figure.suptitle(title)
+    main = rounds[-1].main_metric if rounds else "accuracy"
     for axes, (label, curves) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
         for name, value in curves:
             _curve(axes, name, [(line.round, value(line)) for line in rounds])
-        axes.set(xlabel="round", ylabel=label)
+        axes.set(xlabel="round", ylabel=label.format(main_metric=main))
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(frameon=False)

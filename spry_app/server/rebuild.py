@@ -14,6 +14,7 @@ from spry_app.methods.global_state import GlobalState
 from spry_app.models import difference, load_model, save_adapter
 from spry_app.server.frame_file import load_frame
 from spry_app.slope_log import exact_path, read
+from spry_app.tasks import get_task
 
 
 def rebuild(log: Path, folder: Path, model: str = "") -> int:
@@ -27,7 +28,8 @@ def rebuild(log: Path, folder: Path, model: str = "") -> int:
         raise SpryError(f"{log} is not a slope log: its first line has no {', '.join(sorted(missing))}.")
     config = RunConfig.from_flower(dict(header["config"]))
     frame = load_frame(log.parent, config)
-    adapted = load_model(config.model, config.adapter, len(label_names(config.data)), config.seed, model, frame)
+    labels, task = len(label_names(config.data)), get_task(config.data)
+    adapted = load_model(config.model, config.adapter, labels, config.seed, model, frame, task)
     if found := difference(adapted.fingerprint, header["fingerprint"]):
         raise SpryError(
             f"The {found.what} here is not that of the run (fingerprint {found.here}, the run had {found.there}): pin "

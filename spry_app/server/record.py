@@ -1,6 +1,8 @@
 """What a run writes down: metrics.jsonl, a line a round, and one line in the log. Computes nothing about learning."""
 
+import functools
 import json
+import operator
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,6 +16,7 @@ from spry_app.config import RunConfig
 from spry_app.errors import SpryError
 from spry_app.protocol import Score, Tensors, TrainReply, said
 from spry_app.slope_log import Entry, SlopeLog, read
+from spry_app.tasks import get_task
 
 MIB = 2**20
 
@@ -22,8 +25,9 @@ MIB = 2**20
 class Round:
     """One line of metrics.jsonl. None: not measured in this round.
 
-    loss, accuracy: of the global model on rows that no client trained on (generalised). train_loss: mean over the
-    clients' batches. personalised_accuracy: of clients after their local training, on their held-out rows. mib_up,
+    loss, metrics: of the global model on rows that no client trained on (generalised), all that its task has; accuracy:
+    the one of that name. main_metric: which of them is looked at first. train_loss: mean over the clients' batches.
+    personalised, personalised_accuracy: of clients after their local training, on their held-out rows. mib_up,
     mib_down: since the start, as serialised. forwards: what the replies that were used took of their clients since the
     start, in passes of one example through the model (autodiff.costs); evaluation is not counted. seconds: since the
     start. client_seconds: of the slowest client. peak_mib: of the first step of one client, a different one each time.
@@ -39,8 +43,11 @@ class Round:
     rounds: int
     loss: float | None = None
     accuracy: float | None = None
+    metrics: dict[str, float] | None = None
+    main_metric: str = "accuracy"
     train_loss: float | None = None
     personalised_accuracy: float | None = None
+    personalised: dict[str, float] | None = None
     mib_up: float = 0.0
     mib_down: float = 0.0
     forwards: float = 0.0
@@ -55,6 +62,15 @@ class Round:
     epsilon: float | None = None
     sampled_from: int | None = None
     reasons: list[str] = field(default_factory=list)
+
+    @property
+    def main(self) -> float | None:
+        """Of the global model."""
+        return {"accuracy": self.accuracy, **(self.metrics or {})}.get(self.main_metric)
+
+    @property
+    def personalised_main(self) -> float | None:
+        return (self.personalised or {}).get(self.main_metric)
 
     def as_json(self) -> str:
         return json.dumps({name.replace("_", "-"): value for name, value in asdict(self).items()})
@@ -81,7 +97,8 @@ class Recorder:
         self._start = time.monotonic()
         self._bytes_up = self._bytes_down = 0
         self._forwards = 0.0
-        self.current = Round(0, self._total)
+        self.task = get_task(config.data)
+        self.current = self._round(0)
         self._after = after
         if after is not None:
             self._go_on(after)
@@ -117,7 +134,14 @@ class Recorder:
         self._forwards, self._start = last.forwards, self._start - last.seconds
 
     def begin(self, round_: int) -> None:
-        self.current, self.score = Round(round_, self._total), None
+        self.current, self.score = self._round(round_), None
+
+    def _round(self, number: int) -> Round:
+        return Round(number, self._total, main_metric=self.task.main_metric)
+
+    def metrics_of(self, score: Score) -> dict[str, float]:
+        """What the task makes of sums over one example or more."""
+        return self.task.report(score.numbers())
 
     def sent(self, size_bytes: int) -> None:
         self._bytes_down += size_bytes
@@ -136,7 +160,8 @@ class Recorder:
         now.peak_mib = max(reply.peak_mib for reply in replies) or None
         personal = [reply.personal for reply in replies if reply.personal is not None]
         if personal:
-            now.personalised_accuracy = sum(s.correct for s in personal) / sum(s.examples for s in personal)
+            now.personalised = self.metrics_of(functools.reduce(operator.add, personal))
+            now.personalised_accuracy = now.personalised.get("accuracy")
 
     def refuse(self, node: int, reason: str) -> None:
         """Count a reply that was not used, and say why."""
@@ -170,7 +195,8 @@ class Recorder:
         """Close the round with the global model's score: the server's, else the clients', else none."""
         now, score = self.measured(), score or self.score
         if score is not None and score.examples:
-            now.loss, now.accuracy = score.loss / score.examples, score.correct / score.examples
+            sums, now.metrics = score.numbers(), self.metrics_of(score)
+            now.loss, now.accuracy = score.loss / sums[self.task.loss_over], now.metrics.get("accuracy")
         with self.metrics_path.open("a") as file:
             file.write(now.as_json() + "\n")
         self.rounds.append(now)
@@ -179,8 +205,8 @@ class Recorder:
     def _sentence(self, now: Round) -> str:
         shown = {
             "loss": now.loss if now.loss is not None else now.train_loss,
-            "accuracy": now.accuracy,
-            "personalised": now.personalised_accuracy,
+            now.main_metric: now.main,
+            "personalised": now.personalised_main,
             "epsilon": now.epsilon,
         }
         numbers = "".join(f"  {name} {value:.4f}" for name, value in shown.items() if value is not None)

@@ -18,9 +18,10 @@ from spry_app.autodiff.memory import MIB
 from spry_app.config import RunConfig
 from spry_app.data import label_names, load_corpus
 from spry_app.errors import SpryError
-from spry_app.methods import Layout, Method, get_method, load_object
+from spry_app.methods import Layout, Method, get_method
 from spry_app.models import AdaptedModel, load_model, save_adapter
 from spry_app.objectives import score
+from spry_app.plugins import load_object
 from spry_app.prefix import PrefixCache, frozen
 from spry_app.protocol import Score, from_arrays, to_arrays
 from spry_app.server.checkpoint import load
@@ -30,8 +31,7 @@ from spry_app.server.picture import draw
 from spry_app.server.record import Recorder
 from spry_app.server.stopping import Stopped, end_round
 from spry_app.server.strategy import SpryStrategy
-from spry_app.tasks import classification
-from spry_app.tasks.classification import Encoded
+from spry_app.tasks import Encoded, get_task
 
 _EVALUATION_BATCH = 32
 Evaluate = Callable[[int, ArrayRecord], MetricRecord | None]
@@ -88,7 +88,9 @@ def federate(grid: Grid, config: RunConfig, folder: Path) -> Federated:
     method = get_method(config)
     strategy_class = _strategy_class(config.strategy)
     frame = load_frame(folder, config) if config.resume else None
-    adapted = load_model(config.model, config.adapter, len(label_names(config.data)), config.seed, frame=frame)
+    task, labels = get_task(config.data), len(label_names(config.data))
+    adapted = load_model(config.model, config.adapter, labels, config.seed, frame=frame, task=task)
+    task.prepare(adapted, config.data)
     method = method.on(Layout(adapted.depths(), len(adapted.blocks)), config.client)
     test = _test_rows(config, adapted)
     recorder = Recorder(folder, config, checkpoint.progress.round if checkpoint else None)
@@ -120,7 +122,7 @@ def federate(grid: Grid, config: RunConfig, folder: Path) -> Federated:
         finally:
             if isinstance(strategy, SpryStrategy) and len(recorder.rounds) > recorder.current.round:
                 strategy.checkpoint().save(folder)
-        return MetricRecord({"accuracy": result.correct / result.examples}) if result else None
+        return MetricRecord({**recorder.metrics_of(result)}) if result else None
 
     rounds = config.num_server_rounds - (checkpoint.progress.round if checkpoint else 0)
     start = checkpoint.tensors if checkpoint else adapted.tensors()
@@ -161,8 +163,8 @@ def _strategy_class(path: str) -> Callable[..., Strategy]:
 
 
 def _test_rows(config: RunConfig, adapted: AdaptedModel) -> Encoded | None:
-    test = load_corpus(config.data).test
-    return None if test is None else classification.encode(test, adapted.tokenizer, config.data.max_length)
+    test, encode = load_corpus(config.data).test, get_task(config.data).encode
+    return None if test is None else encode(test, adapted.tokenizer, config.data, False)
 
 
 def _score(adapted: AdaptedModel, rows: Encoded, bottom: PrefixCache | None, arrays: ArrayRecord) -> Score:
@@ -171,10 +173,12 @@ def _score(adapted: AdaptedModel, rows: Encoded, bottom: PrefixCache | None, arr
 
 
 def _write_result(folder: Path, recorder: Recorder, peaks: dict[str, float]) -> None:
-    scored = [line for line in recorder.rounds if line.accuracy is not None]
+    scored, main = [line for line in recorder.rounds if line.metrics], recorder.task.main_metric
     result: dict[str, Any] = {
-        "accuracy-before": scored[0].accuracy if scored else None,
-        "accuracy-after": scored[-1].accuracy if scored else None,
+        "main-metric": main,
+        f"{main}-before": scored[0].main if scored else None,
+        f"{main}-after": scored[-1].main if scored else None,
+        "metrics-after": scored[-1].metrics if scored else None,
         "peak-mib": peaks.get("run"),
         "peak-mib-backprop": peaks.get("backprop"),
         "stopped": recorder.stopped or None,

@@ -11,7 +11,7 @@ from spry_app.protocol import Score
 from spry_app.server.record import Recorder, Round
 
 LIMITS: dict[str, tuple[Callable[[StopConfig], float], Callable[[Round], float | None]]] = {
-    "target-accuracy": (lambda stop: stop.target_accuracy, lambda now: now.accuracy),
+    "target-accuracy": (lambda stop: stop.target_accuracy, lambda now: now.main),
     "max-mib-up": (lambda stop: stop.max_mib_up, lambda now: now.mib_up),
     "max-mib-down": (lambda stop: stop.max_mib_down, lambda now: now.mib_down),
     "max-forwards": (lambda stop: stop.max_forwards, lambda now: now.forwards),

@@ -238,7 +238,7 @@ class SpryStrategy(Strategy):
                 self.recorder.received(size_bytes(message))
                 node = self.letters.sender(message)
                 self._check(message, node)
-                task, reply = self.tasks[node], TrainReply.from_message(message)
+                task, reply = self.tasks[node], TrainReply.from_message(message, self.recorder.task.sums)
                 if reason := self.problem(reply, task):
                     raise MalformedReply(reason)
                 accepted[task.client] = (task, self.clipped(task, reply))

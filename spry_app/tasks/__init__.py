@@ -1,1 +1,51 @@
 """What is learned: how rows become tensors, and how a model's answers are judged. One file a task."""
+
+import difflib
+
+from spry_app.config import DataConfig, kebab
+from spry_app.errors import SpryError
+from spry_app.plugins import load_object
+from spry_app.tasks.classification import CLASSIFICATION
+from spry_app.tasks.encoded import IGNORED, Encoded
+from spry_app.tasks.task import LearningTask, Model, Sums
+
+TASKS: dict[str, LearningTask] = {
+    "classification": CLASSIFICATION,
+}
+"""data.task -> the task."""
+
+
+def task_keys() -> frozenset[str]:
+    """The keys of `data` that some task of the table uses and others may not."""
+    return frozenset[str]().union(*(task.keys for task in TASKS.values()))
+
+
+def get_task(config: DataConfig) -> LearningTask:
+    """The task of a run. Raises SpryError where `data.task` names none, or a key is set that it does not use."""
+    task, usual = _find(config.task), DataConfig()
+    for name in DataConfig.model_fields:
+        got, key = getattr(config, name), kebab(name)
+        if key in task_keys() - task.keys and got != getattr(usual, name):
+            raise SpryError(
+                f"data.{key} is {got!r}, which data.task {config.task!r} does not use; leave it "
+                f"{getattr(usual, name)!r}."
+            )
+    return task
+
+
+def _find(name: str) -> LearningTask:
+    if ":" in name:
+        task = load_object(name, "data.task")
+        if not isinstance(task, LearningTask):
+            raise SpryError(f"data.task={name!r} is a {type(task).__name__}; it must be a spry_app.tasks.LearningTask.")
+        return task
+    if name not in TASKS:
+        near = difflib.get_close_matches(name, TASKS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise SpryError(
+            f'data.task={name!r} is not known.{hint} Known: {", ".join(TASKS)}, or "package.module:object".'
+        )
+    return TASKS[name]
+
+
+__all__ = ["IGNORED", "TASKS", "Encoded", "LearningTask", "Model", "Sums", "get_task", "task_keys"]

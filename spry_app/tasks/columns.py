@@ -1,0 +1,40 @@
+"""Columns of rows as they come, checked, with errors that name the key to change. What they are for, each task says."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+
+import pyarrow as pa
+from datasets import Dataset
+
+from spry_app.errors import SpryError
+
+
+def require(raw: Dataset, wanted: Mapping[str, str], where: str) -> None:
+    """That there are rows, and the columns `wanted` (run-config key -> column). Raises SpryError."""
+    if not raw.num_rows:
+        raise SpryError(f"{where} has no rows; it needs at least one.")
+    for key, field in wanted.items():
+        if field not in raw.column_names:
+            raise SpryError(f"{key} is {field!r}, but {where} has {missing_field(field, raw.column_names)}")
+
+
+def missing_field(field: str, columns: Sequence[str]) -> str:
+    """End of the sentence "... has": the columns there are, and the one most alike."""
+    near = difflib.get_close_matches(field, columns, n=1)
+    return f"the columns {', '.join(columns)}." + (f" Did you mean {near[0]!r}?" if near else "")
+
+
+def text(raw: Dataset, key: str, field: str, where: str) -> pa.ChunkedArray:
+    """A column of text without gaps. Raises SpryError."""
+    if getattr(raw.features[field], "dtype", "") not in ("string", "large_string"):
+        raise SpryError(f"{key} {field!r} of {where} holds {raw.features[field]}; it must hold text.")
+    return whole(raw, key, field, where)
+
+
+def whole(raw: Dataset, key: str, field: str, where: str) -> pa.ChunkedArray:
+    """A column without gaps. Raises SpryError."""
+    column = raw.with_format("arrow")[field][:]
+    if column.null_count:
+        row = column.is_null().to_pylist().index(True) + 1
+        raise SpryError(f"{key} {field!r} is missing in row {row} of {where} ({column.null_count} in all).")
+    return column

@@ -1,0 +1,79 @@
+"""Rows as tokens, and batches of them as padded tensors. What the tokens mean, each task says."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    from spry_app.tasks.task import LearningTask
+
+IGNORED = -100
+"""Target of a token that does not count, as in PyTorch and transformers."""
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """Rows as tokens: what passes through the model as one example each.
+
+    features: tokenizer output by name (input_ids, attention_mask, ...), a list of token-wise values a row.
+    targets: by name, of each row one number, or one a token. cut: how many rows were longer than the maximum length.
+    dropped: how many had nothing left to learn from. terms: of how many terms each row's loss is the sum; empty for one
+    each. kept: what the task's judge wants of each row beyond tensors, the model nothing.
+    """
+
+    features: dict[str, list[list[int]]]
+    targets: dict[str, list[int] | list[list[int]]]
+    cut: int
+    tokenizer: PreTrainedTokenizerBase
+    task: "LearningTask"
+    dropped: int = 0
+    terms: Sequence[int] = ()
+    kept: Sequence[Any] = field(default=(), repr=False)
+
+    def __len__(self) -> int:
+        return len(self.features.get("input_ids", ()))
+
+    def length(self, row: int) -> int:
+        """Tokens of a row."""
+        return len(self.features["input_ids"][row])
+
+    def by_length(self, indices: Iterable[int]) -> list[int]:
+        """The rows from the shortest to the longest: batches in this order hold little padding."""
+        return sorted(indices, key=self.length)
+
+    def weight(self, indices: Sequence[int]) -> int:
+        """Of how many terms the mean loss of these rows is the mean."""
+        return sum(self.terms[index] for index in indices) if self.terms else len(indices)
+
+    def parts(self, size: int) -> Iterator[list[int]]:
+        """All rows, `size` at a time, as they are scored; rows that are judged together come together."""
+        order = self.by_length(range(len(self)))
+        for start in range(0, len(order), size):
+            yield order[start : start + size]
+
+    def inputs(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """Of these rows, (rows, longest of them), int64 on the CPU."""
+        chosen = {name: [values[index] for index in indices] for name, values in self.features.items()}
+        return dict(self.tokenizer.pad(chosen, return_tensors="pt", verbose=False))
+
+    def aims(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """Targets of these rows, (rows,) or padded like the inputs, int64 on the CPU."""
+        longest = max(map(self.length, indices), default=0)
+        return {
+            name: torch.tensor([self._padded(values[index], longest) for index in indices])
+            for name, values in self.targets.items()
+        }
+
+    def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """Inputs and targets."""
+        return self.inputs(indices) | self.aims(indices)
+
+    def _padded(self, target: int | list[int], longest: int) -> int | list[int]:
+        if isinstance(target, int):
+            return target
+        beside = [IGNORED] * (longest - len(target))
+        return beside + target if self.tokenizer.padding_side == "left" else target + beside
