@@ -71,8 +71,8 @@ def read_test(config: DataConfig) -> Dataset | None:
     return _read_hub(config, config.test) if config.test else _hub_test(config)
 
 
-def read_file(path: str, key: str) -> Dataset:
-    """Rows of a local file; `key` is the setting that named it, for the error."""
+def require_file(path: str, key: str) -> Path:
+    """A local file that is there, not empty and of a kind that is read; `key` is the setting that named it."""
     found = Path(path).expanduser()
     if not found.is_file():
         raise SpryError(f"{key} is {path!r}, but there is no file {found.absolute()}. Give an absolute path.")
@@ -80,6 +80,12 @@ def read_file(path: str, key: str) -> Dataset:
         raise SpryError(f"{key} is {path!r}; a file must end in {', '.join(_READERS)}.")
     if found.stat().st_size == 0:
         raise SpryError(f"{key} is {path!r}, which is empty; it needs at least one row.")
+    return found
+
+
+def read_file(path: str, key: str) -> Dataset:
+    """Rows of a local file; see require_file."""
+    found = require_file(path, key)
     ending = found.suffix.lower()
     try:
         return _READERS[ending](str(found))

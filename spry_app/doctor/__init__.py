@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from spry_app.doctor.connection import superlink
-from spry_app.doctor.findings import Check, Finding
 from spry_app.doctor.machine import accelerator, attention, clock, disk, memory, software
 from spry_app.doctor.training import QUANTIZATIONS, training
+from spry_app.findings import Check, Finding
 
 
 def examine(

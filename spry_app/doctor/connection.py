@@ -6,7 +6,7 @@ import time
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 
-from spry_app.doctor.findings import Finding, Values
+from spry_app.findings import Finding, Values
 
 TIMEOUT_S = 5.0
 SOON_DAYS = 14

@@ -17,8 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from spry_app.autodiff.memory import MIB
 from spry_app.client.slicing import AUTO_PART, free_bytes
-from spry_app.doctor.findings import Finding, Values
 from spry_app.errors import SpryError
+from spry_app.findings import Finding, Values
 from spry_app.models.checkpoint import find_device
 
 LITTLE_MEMORY_MIB = 512

@@ -20,8 +20,8 @@ from transformers.utils import logging as transformers_logging
 from spry_app.client.node import load_node
 from spry_app.client.trust import check_gradient
 from spry_app.config import RunConfig
-from spry_app.doctor.findings import Finding
 from spry_app.errors import SpryError
+from spry_app.findings import Finding
 from spry_app.methods import get_method
 
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "film", "a", "the", "was")

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,11 @@ def run_config(simulation: Simulation) -> dict[str, Scalar]:
             overrides[key] = str(path.resolve())
     overrides["output-dir"] = str((simulation.output_dir or Path(config.output_dir)).expanduser().resolve())
     return overrides
+
+
+def run_config_of(base: Mapping[str, Scalar], given: Sequence[str]) -> RunConfig:
+    """What `--run-config` says, over `base` and the defaults of the program."""
+    return RunConfig.from_flower({**RunConfig.defaults(), **base, **_parse("--run-config", given)})
 
 
 def resumed_nodes(folder: Path) -> int:
