@@ -8,6 +8,7 @@ Nothing is left running. Exit status: 0 only if every promise of every drill was
 import argparse
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -30,8 +31,8 @@ NODES = ("first", "second")
 
 
 @contextmanager
-def plain(folder: Path) -> Iterator[Ground]:
-    """A SuperLink with a database, and two nodes without keys."""
+def plain(folder: Path, names: Sequence[str] = NODES) -> Iterator[Ground]:
+    """A SuperLink with a database, and nodes without keys."""
     for name in ("logs", "empty"):
         (folder / name).mkdir()
     with Processes(environment(folder), folder / "empty") as processes:
@@ -39,7 +40,7 @@ def plain(folder: Path) -> Iterator[Ground]:
         superlink.start(*options)
         ground = Ground(folder, processes, superlink, options)
         try:
-            for name in NODES:
+            for name in names:
                 ground.node(name)
             yield ground
         finally:
@@ -96,6 +97,7 @@ def main() -> int:
     names = [drill.name for drill in DRILLS]
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     only = parser.parse_args().only
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # what was started is stopped
     with tempfile.TemporaryDirectory(prefix="d", dir="/tmp", ignore_cleanup_errors=True) as temporary:
         return _table([drill for drill in DRILLS if drill.name in only], Path(temporary))
 
