@@ -106,6 +106,32 @@ def rebuild_command(
     print(f"The adapter after round {round_} is in {output}")
 
 
+@app.command("report")
+def report_command(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of runs: outputs/<run id>. Several are compared.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="File to write: report.html in the run's folder, or here.")
+    ] = None,
+    target: Annotated[
+        float | None,
+        typer.Option(help="Of the comparison: what it took each run to get there. Default: what all of them reach."),
+    ] = None,
+) -> None:
+    """Write a run down as one HTML file, or several runs side by side; also while they are running.
+
+    Exit status: 0, or 2 where a folder is not one of a run.
+    """
+    from spry_app.report import REPORT, render, write
+
+    path = out or Path(folders[0] if len(folders) == 1 else ".", REPORT)
+    try:
+        write(render(folders, target), path)
+    except (SpryError, OSError) as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(2) from None
+    print(path)
+
+
 @app.command("doctor")
 def doctor_command(
     device: Annotated[str, typer.Option(help="As model.device of a run.")] = "auto",

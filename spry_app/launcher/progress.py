@@ -83,7 +83,7 @@ def summary(result: Row, base: Path) -> Table:
     table.add_row("time", f"{clock(result['seconds'])} for {result['rounds']} rounds")
     if result.get("stopped"):
         table.add_row("ended", result["stopped"])
-    for name in ("adapter", "metrics", "picture"):
+    for name in ("adapter", "metrics", "report"):
         if result.get(name):
             path = Path(result[name])
             table.add_row(name, str(path.relative_to(base) if path.is_relative_to(base) else path))

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from logging import INFO, WARNING
 from pathlib import Path
@@ -12,7 +12,8 @@ from flwr.common.logger import log
 
 from spry_app.config import RunConfig
 from spry_app.errors import SpryError
-from spry_app.protocol import Score, Tensors, TrainReply, said
+from spry_app.protocol import Introduction, Score, Task, Tensors, TrainReply, said
+from spry_app.server.roster import Roster
 from spry_app.slope_log import Entry, SlopeLog, read
 
 MIB = 2**20
@@ -85,6 +86,7 @@ class Recorder:
         self._after = after
         if after is not None:
             self._go_on(after)
+        self.roster = Roster(folder, config, after)
         self.score: Score | None = None
         self.warnings: list[str] = []
         self.promised = ""
@@ -125,8 +127,15 @@ class Recorder:
     def received(self, size_bytes: int) -> None:
         self._bytes_up += size_bytes
 
-    def trained(self, replies: Sequence[TrainReply]) -> None:
-        """The replies that are used."""
+    def asked(self, tasks: Mapping[int, Task], units: Iterable[str], introduced: Mapping[int, Introduction]) -> None:
+        """What is asked of each node of the round. units: of the model. introduced: all nodes that can be used."""
+        self.current.asked = len(tasks)
+        self.roster.asked(tasks, units, introduced)
+
+    def trained(self, accepted: Sequence[tuple[Task, TrainReply]]) -> None:
+        """The replies that are used, with what was asked."""
+        self.roster.used(task.client for task, _ in accepted)
+        replies = [reply for _, reply in accepted]
         now, self._forwards = self.current, self._forwards + sum(reply.forwards for reply in replies)
         now.answered = len(replies)
         if not replies:
@@ -173,6 +182,7 @@ class Recorder:
             now.loss, now.accuracy = score.loss / score.examples, score.correct / score.examples
         with self.metrics_path.open("a") as file:
             file.write(now.as_json() + "\n")
+        self.roster.end(now.round)
         self.rounds.append(now)
         log(INFO, "%s", self._sentence(now))
 

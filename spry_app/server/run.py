@@ -4,6 +4,7 @@ import errno
 import functools
 import json
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +17,16 @@ from safetensors import SafetensorError
 
 from spry_app.autodiff.memory import MIB
 from spry_app.config import RunConfig
-from spry_app.data import label_names, load_corpus
+from spry_app.data import label_counts, label_names, load_corpus
 from spry_app.errors import SpryError
 from spry_app.methods import Layout, Method, get_method, load_object
 from spry_app.models import AdaptedModel, load_model, save_adapter
 from spry_app.objectives import score
 from spry_app.prefix import PrefixCache, frozen
 from spry_app.protocol import Score, from_arrays, to_arrays
+from spry_app.report import REPORT
 from spry_app.server.checkpoint import load
+from spry_app.server.ending import reported
 from spry_app.server.frame_file import load_frame, save_frame
 from spry_app.server.memory import step_peaks
 from spry_app.server.picture import draw
@@ -52,15 +55,16 @@ def run(grid: Grid, context: Context) -> None:
     """Everything a run does. Raises (never exits) where it fails, so that Flower marks the run as failed."""
     config = RunConfig.from_flower(context.run_config)
     folder = Path(config.resume or Path(config.output_dir, str(context.run_id))).expanduser().resolve()
-    try:
-        _run(grid, config, folder)
-    except (OSError, SafetensorError) as error:
-        if not _is_disk_full(error):
-            raise
-        raise SpryError(
-            f"The disk of {folder} is full ({error}). What its last checkpoint holds is kept: make room, and start a "
-            f"run with resume={str(folder)!r} and the same settings."
-        ) from error
+    with reported(folder):
+        try:
+            _run(grid, config, folder)
+        except (OSError, SafetensorError) as error:
+            if not _is_disk_full(error):
+                raise
+            raise SpryError(
+                f"The disk of {folder} is full ({error}). What its last checkpoint holds is kept: make room, and start "
+                f"a run with resume={str(folder)!r} and the same settings."
+            ) from error
 
 
 def _is_disk_full(error: Exception) -> bool:
@@ -92,6 +96,8 @@ def federate(grid: Grid, config: RunConfig, folder: Path) -> Federated:
     method = method.on(Layout(adapted.depths(), len(adapted.blocks)), config.client)
     test = _test_rows(config, adapted)
     recorder = Recorder(folder, config, checkpoint.progress.round if checkpoint else None)
+    if _simulated(grid):
+        recorder.roster.labels = functools.partial(label_counts, config.data, config.seed)
     frame = adapted.subspace.sent
     save_frame(frame, folder)
     strategy = strategy_class(
@@ -145,6 +151,14 @@ def _federate(
     return result.arrays or arrays
 
 
+def _simulated(grid: Grid) -> bool:
+    """Whether nodes hold shards of the run's data and nothing else. Importing the class of such a grid takes seconds;
+    where there is one it has been imported.
+    """
+    module = sys.modules.get("flwr.superlink.grid")
+    return module is not None and isinstance(grid, module.InMemoryGrid)
+
+
 def _resumable(strategy: Strategy) -> SpryStrategy:
     if not isinstance(strategy, SpryStrategy):
         raise SpryError(f"A {type(strategy).__name__} cannot be resumed: it is not derived from SpryStrategy.")
@@ -186,5 +200,6 @@ def _write_result(folder: Path, recorder: Recorder, peaks: dict[str, float]) -> 
         "adapter": str(folder / "adapter"),
         "metrics": str(recorder.metrics_path),
         "picture": str(folder / "picture.png"),
+        "report": str(folder / REPORT),
     }
     (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
