@@ -12,6 +12,7 @@ from spry_app.config.sections import (
     PrivacyConfig,
     ServerConfig,
     StopConfig,
+    TelemetryConfig,
 )
 
 __all__ = [
@@ -26,5 +27,6 @@ __all__ = [
     "Scalar",
     "ServerConfig",
     "StopConfig",
+    "TelemetryConfig",
     "keys",
 ]

@@ -73,7 +73,7 @@ def shown(value: Any, share: bool = False) -> str:
         return f"{found:.2e}"
     if abs(found) >= 1000 or found == int(found):
         return f"{found:,.0f}"
-    return f"{found:.4g}"
+    return f"{found:.{4 if abs(found) >= 1 else 3}g}"
 
 
 def _split(name: str) -> tuple[str, str]:

@@ -14,6 +14,7 @@ from spry_app.config import RunConfig
 from spry_app.errors import SpryError
 from spry_app.protocol import Introduction, Score, Task, Tensors, TrainReply, said
 from spry_app.server.roster import Roster
+from spry_app.server.telemetry import Telemetry
 from spry_app.slope_log import Entry, SlopeLog, read
 
 MIB = 2**20
@@ -68,10 +69,13 @@ class Round:
 class Recorder:
     """Collects a round while it runs and writes it when it ends.
 
-    after: the round after which the run in `folder` goes on; None for one that begins.
+    after: the round after which the run in `folder` goes on; None for one that begins. telemetry: where else its
+    numbers go.
     """
 
-    def __init__(self, folder: Path, config: RunConfig, after: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, config: RunConfig, after: int | None = None, telemetry: Telemetry | None = None
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self._flat = folder, config.flat()
         _write_whole(folder / "config.json", json.dumps(self._flat, indent=2) + "\n")
@@ -87,6 +91,7 @@ class Recorder:
         if after is not None:
             self._go_on(after)
         self.roster = Roster(folder, config, after)
+        self._telemetry = telemetry or Telemetry()
         self.score: Score | None = None
         self.warnings: list[str] = []
         self.promised = ""
@@ -183,6 +188,8 @@ class Recorder:
         with self.metrics_path.open("a") as file:
             file.write(now.as_json() + "\n")
         self.roster.end(now.round)
+        for sentence in self._telemetry.round(json.loads(now.as_json())):
+            self.warn(sentence)
         self.rounds.append(now)
         log(INFO, "%s", self._sentence(now))
 

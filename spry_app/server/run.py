@@ -33,6 +33,7 @@ from spry_app.server.picture import draw
 from spry_app.server.record import Recorder
 from spry_app.server.stopping import Stopped, end_round
 from spry_app.server.strategy import SpryStrategy
+from spry_app.server.telemetry import Telemetry, opened
 from spry_app.tasks import classification
 from spry_app.tasks.classification import Encoded
 
@@ -72,7 +73,8 @@ def _is_disk_full(error: Exception) -> bool:
 
 
 def _run(grid: Grid, config: RunConfig, folder: Path) -> None:
-    done = federate(grid, config, folder)
+    with opened(config, folder) as telemetry:
+        done = federate(grid, config, folder, telemetry)
     rounds = done.recorder.rounds
     save_adapter(done.adapted, from_arrays(done.arrays), folder / "adapter")
     draw(rounds, folder / "picture.png", title=f"{config.method} on {config.data.source}")
@@ -83,7 +85,7 @@ def _run(grid: Grid, config: RunConfig, folder: Path) -> None:
     _write_result(folder, done.recorder, peaks)
 
 
-def federate(grid: Grid, config: RunConfig, folder: Path) -> Federated:
+def federate(grid: Grid, config: RunConfig, folder: Path, telemetry: Telemetry | None = None) -> Federated:
     """Load, and run all rounds; what they cost and gave is written into `folder` as they end.
 
     With config.resume, `folder` is that of a run which goes on after its last checkpoint.
@@ -95,7 +97,7 @@ def federate(grid: Grid, config: RunConfig, folder: Path) -> Federated:
     adapted = load_model(config.model, config.adapter, len(label_names(config.data)), config.seed, frame=frame)
     method = method.on(Layout(adapted.depths(), len(adapted.blocks)), config.client)
     test = _test_rows(config, adapted)
-    recorder = Recorder(folder, config, checkpoint.progress.round if checkpoint else None)
+    recorder = Recorder(folder, config, checkpoint.progress.round if checkpoint else None, telemetry)
     if _simulated(grid):
         recorder.roster.labels = functools.partial(label_counts, config.data, config.seed)
     frame = adapted.subspace.sent
