@@ -64,7 +64,7 @@ class Roster:
     def _nodes(self, introduced: Mapping[int, Introduction]) -> dict[str, Any]:
         """What they said of themselves, and of each its rows by label, where those follow from its number."""
         nodes: list[dict[str, Any]] = []
-        for node, said in introduced.items():
+        for node, said in sorted(introduced.items(), key=lambda item: (item[1].partition, item[0])):
             told = asdict(said)
             kept = {name: told[name] for name in ("partition", "examples", "heldout")}
             nodes.append({"node": str(node), **kept, "memory-mib": said.memory_mib})
