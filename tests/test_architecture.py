@@ -27,14 +27,15 @@ ALLOWED: dict[str, set[str]] = {
     "prefix": {"models", "tasks"},
     "client": LEAVES
     | {"autodiff", "data", "methods", "models", "objectives", "optimizers", "prefix", "privacy", "protocol", "tasks"},
+    "report": LEAVES,
     "server": LEAVES
     | {"autodiff", "data", "methods", "models", "objectives", "optimizers", "prefix", "privacy", "protocol"}
-    | {"plugins", "slope_log", "tasks"},
+    | {"plugins", "report", "slope_log", "tasks"},
     "worker": LEAVES | {"autodiff", "client"},
-    "launcher": LEAVES,
+    "launcher": LEAVES | {"report"},
     "deploy": LEAVES | {"launcher"},
     "doctor": LEAVES | {"autodiff", "client", "methods", "models"},
-    "cli": LEAVES | {"data", "deploy", "doctor", "launcher", "server", "worker"},
+    "cli": LEAVES | {"data", "deploy", "doctor", "launcher", "report", "server", "worker"},
 }
 MAY_IMPORT_FLOWER = {"protocol", "client", "server", "launcher", "data", "worker"}
 FORBIDDEN_NAMES = {"utils", "common", "helpers", "core", "misc"}

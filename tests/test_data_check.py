@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from spry_app.cli import app
 from spry_app.config import DataConfig
 from spry_app.data.check import check_file
-from spry_app.data.portrait import label_counts
+from spry_app.data.portrait import dealt
 
 ROWS = [
     {"text": "turn it on", "label": "a"},  # line 1
@@ -101,10 +101,9 @@ def test_the_command_exits_with_what_it_found(tmp_path: Path) -> None:
 
 def test_shards_are_counted_and_drawn(tmp_path: Path) -> None:
     config = DataConfig(partition="dirichlet", alpha=0.3)
-    counts = label_counts(config, seed=0, count=5)
-    assert [sum(column) for column in zip(*counts.rows, strict=True)] == [
-        sum(column) for column in zip(*label_counts(DataConfig(), 0, 3).rows, strict=True)
-    ]  # every row is in one shard
+    names, rows = dealt(config, seed=0, count=5)
+    _, others = dealt(DataConfig(), seed=0, count=3)
+    assert [sum(column) for column in zip(*rows, strict=True)] == [sum(column) for column in zip(*others, strict=True)]
     drawn = tmp_path / "shards.png"
     done = CliRunner().invoke(
         app,
@@ -113,7 +112,7 @@ def test_shards_are_counted_and_drawn(tmp_path: Path) -> None:
     assert done.exit_code == 0
     assert drawn.read_bytes()[:4] == b"\x89PNG"
     head, *lines = [line.split() for line in done.stdout.splitlines()]
-    assert head == ["device", "rows", *counts.names]
-    assert [tuple(map(int, line[2:])) for line in lines] == list(counts.rows)
+    assert head == ["device", "rows", *names]
+    assert [tuple(map(int, line[2:])) for line in lines] == [tuple(row) for row in rows]
     refused = CliRunner().invoke(app, ["data", "shards", "--nodes", "100000"])
     assert refused.exit_code == 2

@@ -168,6 +168,20 @@ def test_the_result_names_what_was_left_and_what_it_cost(run: Path) -> None:
     assert json.loads((run / "config.json").read_text())["num-server-rounds"] == ROUNDS
 
 
+def test_the_report_tells_who_trained_what_and_in_a_simulation_who_held_what(run: Path, per_iteration: Path) -> None:
+    about = json.loads((run / "run.json").read_text())
+    nodes = {node["node"] for node in about["nodes"]}
+    for line in map(json.loads, (run / "assignments.jsonl").read_text().splitlines()):
+        assert {node for hand in line["hands"] for node in hand["used"]} == nodes and len(nodes) == NODES
+    report = (run / "report.html").read_text()
+    assert "Who trained which units when" in report
+    simulated = run == per_iteration
+    assert ("Rows of each label on each client" in report) is simulated
+    assert [sum(node["labels"]) for node in about["nodes"] if simulated] == [
+        node["examples"] + node["heldout"] for node in about["nodes"] if simulated
+    ]
+
+
 def test_the_scalars_alone_give_the_adapter(
     per_iteration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -176,9 +176,9 @@ def test_no_introduction_breaks_the_start(run_config: dict, tmp_path: Path) -> N
         fleet = Fleet(federation.config.server, federation.adapted.fingerprint)
         with bounded(f"message {number}"):
             fleet._meet(Answering(CLIENTS, run_config), nodes)  # type: ignore
-        assert len(fleet._introductions) <= len(replies)
+        assert len(fleet.introductions) <= len(replies)
         assert all(len(reason) < 1100 for reason in fleet._refused.values())
-        used += len(fleet._introductions)
+        used += len(fleet.introductions)
     assert used
 
 

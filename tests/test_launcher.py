@@ -2,7 +2,9 @@
 A run that completes is in test_end_to_end.
 """
 
+import contextlib
 import os
+import pty
 import shutil
 import signal
 import subprocess
@@ -78,6 +80,8 @@ def test_ctrl_c_stops_everything_and_exits_with_130(start: Start, temporary: Pat
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 130
     assert "Stopped (SIGINT)" in output
+    (report,) = (tmp_path / "outputs").glob("*/report.html")
+    assert "it is still going, or was ended from outside" in report.read_text()
     assert nothing_left(temporary)
 
 
@@ -150,14 +154,41 @@ def test_the_time_left_follows_the_pace_since_the_first_round() -> None:
     assert "accuracy 50.0%  epsilon 2.35  3 of 4" in describe(first | {"epsilon": 2.349}, first)
 
 
-def test_a_terminal_gets_one_live_line_and_a_file_gets_all(capsys: pytest.CaptureFixture[str]) -> None:
-    row = {"round": 1, "rounds": 1, "loss": 0.5, "accuracy": None, "asked": 1, "answered": 1, "refused": 0}
-    row |= {"mib-up": 0.0, "mib-down": 0.0, "seconds": 1.0}
-    shown = {}
-    for terminal in (False, True):
-        with RoundDisplay(Console(force_terminal=terminal, width=100), nodes=3) as display:
-            display.show(row)
-        shown[terminal] = capsys.readouterr().out
-    assert shown[False] == "Starting 3 devices\nRound 1/1  loss 0.500  sent 0.00 MiB\n"
-    assert "Round 1/1" in shown[True]
-    assert "\x1b[2K" in shown[True]
+ROW = {"round": 1, "rounds": 1, "loss": 0.5, "accuracy": None, "asked": 1, "answered": 1, "refused": 0}
+ROW |= {"mib-up": 0.0, "mib-down": 0.0, "seconds": 1.0}
+PLAIN = "Starting 3 devices\nRound 1/1  loss 0.500  sent 0.00 MiB\n"
+
+
+def shown(console: Console) -> None:
+    with RoundDisplay(console, nodes=3) as display:
+        display.show(ROW)
+
+
+@pytest.mark.parametrize("force_color", ["", "1"])
+def test_a_file_gets_a_plain_line_a_round_whatever_colours_a_ci_asks_for(
+    force_color: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", force_color)
+    shown(Console(width=100))
+    assert capsys.readouterr().out == PLAIN
+
+
+@pytest.mark.parametrize(("term", "live"), [("xterm-256color", True), ("dumb", False)])
+def test_a_terminal_gets_one_live_line_unless_it_cannot_go_back_in_it(
+    term: str, live: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A terminal as ssh and the shell lines of a notebook give."""
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", term)
+    ours, theirs = pty.openpty()
+    with os.fdopen(theirs, "w") as terminal:
+        shown(Console(file=terminal, width=80))
+    written = b""
+    with contextlib.suppress(OSError):  # what Linux says at the end of a terminal that was closed
+        while part := os.read(ours, 4096):
+            written += part
+    os.close(ours)
+    assert ("\x1b[2K" in written.decode()) is live
+    assert (written.decode().replace("\r\n", "\n") == PLAIN) is not live
+    assert "Round 1/1" in written.decode()

@@ -176,7 +176,7 @@ def test_who_takes_part_follows_from_the_key_and_not_from_the_seed(run_config: d
     assert crews[:3] != crews[3:]
     assert all(len(crew) == len(set(crew)) == 3 for crew in crews)
     assert any(crew != sorted(crew) for crew in crews)
-    met = strategy.fleet._introductions
+    met = strategy.fleet.introductions
     node = next(iter(met))
     met[node] = dataclasses.replace(met[node], memory_mib=64.0)
     strategy.configure_train(4, arrays, None, grid)  # type: ignore[arg-type]

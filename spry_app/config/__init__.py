@@ -12,6 +12,7 @@ from spry_app.config.sections import (
     PrivacyConfig,
     ServerConfig,
     StopConfig,
+    TelemetryConfig,
     kebab,
 )
 
@@ -27,6 +28,7 @@ __all__ = [
     "Scalar",
     "ServerConfig",
     "StopConfig",
+    "TelemetryConfig",
     "kebab",
     "keys",
 ]

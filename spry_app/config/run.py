@@ -25,6 +25,7 @@ from spry_app.config.sections import (
     Section,
     ServerConfig,
     StopConfig,
+    TelemetryConfig,
     kebab,
 )
 from spry_app.errors import SpryError
@@ -79,6 +80,7 @@ class RunConfig(Section):
     noise: NoiseConfig = NoiseConfig()
     privacy: PrivacyConfig = PrivacyConfig()
     stop: StopConfig = StopConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
 
     @field_validator("preset")
     @classmethod

@@ -251,6 +251,17 @@ class NoiseConfig(Section):
     a head with an exact gradient), so that one `server.learning-rate` serves few and many dimensions."""
 
 
+class TelemetryConfig(Section):
+    """Where a run's numbers go, beside metrics.jsonl, which is always written."""
+
+    sinks: str = ""
+    """Names, with commas between them: "tensorboard", "wandb", "mlflow", "trackio" (each an extra: `pip install
+    'spry[wandb]'`), or "package.module:object" for your own, which is called with the run's folder and its flat config
+    and gives an object with `round(number, values)` and `end(completed)`. They write to files and go online only where
+    their own variables say so (WANDB_MODE=online, MLFLOW_TRACKING_URI, TRACKIO_SPACE_ID). One that raises after the
+    start is left out, with a warning."""
+
+
 class PrivacyConfig(Section):
     """Differential privacy for clients: two runs that differ in the rows of one client, however many and whatever they
     are, give results that nobody can tell apart but for epsilon and `delta`. Neighbours replace one client by another

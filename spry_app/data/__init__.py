@@ -2,6 +2,6 @@
 
 from spry_app.data.batches import batches
 from spry_app.data.corpus import Corpus, label_names, load_corpus
-from spry_app.data.partition import Shard, load_shard
+from spry_app.data.partition import Shard, label_counts, load_shard
 
-__all__ = ["Corpus", "Shard", "batches", "label_names", "load_corpus", "load_shard"]
+__all__ = ["Corpus", "Shard", "batches", "label_counts", "label_names", "load_corpus", "load_shard"]

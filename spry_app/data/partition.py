@@ -52,6 +52,17 @@ def load_shard(config: DataConfig, seed: int, index: int, count: int, file: str 
     return Shard(train=rows.select(order[held:]), heldout=rows.select(order[:held]))
 
 
+def label_counts(config: DataConfig, seed: int, count: int) -> tuple[tuple[str, ...], list[list[int]]] | None:
+    """Names of the labels, and how many rows of each every shard of `data.source` has; None where rows have none."""
+    corpus = load_corpus(config)
+    if "label" not in corpus.train.column_names:
+        return None
+    labels = np.asarray(corpus.train["label"][:])
+    classes = len(corpus.label_names)
+    found = [np.bincount(labels[rows], minlength=classes).tolist() for rows in shards(config, seed, count)]
+    return corpus.label_names, found
+
+
 @functools.lru_cache(maxsize=4)
 def shards(config: DataConfig, seed: int, count: int) -> list[list[int]]:
     """Row numbers of all shards of `data.source`: every row is in exactly one, and no shard is empty."""

@@ -12,19 +12,21 @@ Row = dict[str, Any]
 
 
 class RoundDisplay:
-    """A live line in a terminal; one plain line a round anywhere else."""
+    """A live line in a terminal; one plain line a round anywhere else: in files, CI logs, notebooks, dumb terminals."""
 
     def __init__(self, console: Console, nodes: int) -> None:
         self._console = console
+        # Rich takes a file for a terminal where FORCE_COLOR is set, as in many a CI.
+        self._is_live = console.is_interactive and console.file.isatty()
         self._waiting = f"Starting {nodes} devices"
         self._first: Row | None = None
         columns = (
             SpinnerColumn(),
             TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=20 if console.width >= 100 else 10),
             TextColumn("{task.fields[rest]}"),
         )
-        self._live = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._live = Progress(*columns, console=console, transient=True, disable=not self._is_live)
         self._task = self._live.add_task(self._waiting, total=None, rest="")
 
     def show(self, row: Row) -> None:
@@ -32,13 +34,13 @@ class RoundDisplay:
         if row["round"] >= 1:  # Ray starts and models load before the first round ends: no measure of the pace
             self._first = self._first or row
         head, rest = f"Round {row['round']}/{row['rounds']}", describe(row, self._first)
-        if self._console.is_terminal:
+        if self._is_live:
             self._live.update(self._task, description=head, completed=row["round"], total=row["rounds"], rest=rest)
         else:
             self._console.print(f"{head}  {rest}", soft_wrap=True, highlight=False)
 
     def __enter__(self) -> Self:
-        if not self._console.is_terminal:
+        if not self._is_live:
             self._console.print(self._waiting, soft_wrap=True, highlight=False)
         self._live.start()
         return self
@@ -86,7 +88,7 @@ def summary(result: Row, base: Path) -> Table:
     table.add_row("time", f"{clock(result['seconds'])} for {result['rounds']} rounds")
     if result.get("stopped"):
         table.add_row("ended", result["stopped"])
-    for name in ("adapter", "metrics", "picture"):
+    for name in ("adapter", "metrics", "report"):
         if result.get(name):
             path = Path(result[name])
             table.add_row(name, str(path.relative_to(base) if path.is_relative_to(base) else path))

@@ -5,7 +5,7 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -18,6 +18,7 @@ from spry_app.launcher.processes import Processes
 from spry_app.launcher.progress import RoundDisplay, summary
 from spry_app.launcher.settings import Simulation, federation_config, keep_launch, run_config
 from spry_app.launcher.superlink import Outcome, SuperLink, environment
+from spry_app.report import REPORT, render, write
 
 _LONGEST_TEMPORARY = 20
 """Characters: behind them come Ray's 68 and our 13, and a Unix socket's path has 103 at most (macOS)."""
@@ -71,10 +72,20 @@ def _run(
         kept = shutil.copytree(logs, result_folder / "logs", dirs_exist_ok=True)
         Console(stderr=True).print(f"{error}\nLogs: {kept}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 1
+    finally:
+        _report(result_folder)
     result = result_folder / "result.json"
     if result.exists():
         console.print(summary(json.loads(result.read_text()), Path.cwd()))
     return 0
+
+
+def _report(folder: Path) -> None:
+    """Of a run that was ended before it could make its own."""
+    metrics, report = folder / "metrics.jsonl", folder / REPORT
+    if metrics.exists() and (not report.exists() or report.stat().st_mtime < metrics.stat().st_mtime):
+        with suppress(SpryError, OSError):
+            write(render([folder]), report)
 
 
 def _watch(

@@ -19,7 +19,15 @@ from spry_app.errors import SpryError
 from spry_app.protocol import mismatch
 
 NAME = "checkpoint.safetensors"
-CHANGEABLE = ("num-server-rounds", "server.wait-timeout-s", "server.round-timeout-s", "stop.", "resume", "output-dir")
+CHANGEABLE = (
+    "num-server-rounds",
+    "server.wait-timeout-s",
+    "server.round-timeout-s",
+    "stop.",
+    "telemetry.",
+    "resume",
+    "output-dir",
+)
 """Keys, or beginnings of keys, that need not be those of the run that is resumed."""
 
 

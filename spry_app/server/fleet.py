@@ -48,7 +48,8 @@ class Fleet:
         self._frame, self._sent = frame, sent
         self._holding: set[int] = set()
         """Nodes that were sent the frame, and have not failed since."""
-        self._introductions: dict[int, Introduction] = {}
+        self.introductions: dict[int, Introduction] = {}
+        """Of the nodes that can be used."""
         self._refused: dict[int, str] = {}
         """Nodes that are not asked again, and why."""
         self._failed: Counter[int] = Counter()
@@ -62,7 +63,7 @@ class Fleet:
         while True:
             connected = self._wait(grid, needed)
             self._meet(grid, [node for node in connected if not self._known(node)])
-            usable = [node for node in connected if node in self._introductions]
+            usable = [node for node in connected if node in self.introductions]
             if len(usable) >= needed or all(map(self._known, connected)):
                 break
         if len(usable) < needed:
@@ -71,7 +72,7 @@ class Fleet:
                 f"{len(usable)} of {len(connected)} connected nodes can be used; server.min-available-nodes is "
                 f"{needed}. " + " ".join(f"{count} said: {reason}" for reason, count in reasons.most_common())
             )
-        return sorted(usable, key=lambda node: (self._introductions[node].partition, node))
+        return sorted(usable, key=lambda node: (self.introductions[node].partition, node))
 
     def sample(
         self,
@@ -92,11 +93,11 @@ class Fleet:
 
     def memory_mib(self, nodes: list[int]) -> list[float]:
         """What a training step may take on each of these available nodes, MiB; 0.0 where it has not said."""
-        return [self._introductions[node].memory_mib for node in nodes]
+        return [self.introductions[node].memory_mib for node in nodes]
 
     def digest(self, node: int) -> str:
         """Of the tensors that this available node starts from."""
-        return self._introductions[node].digest
+        return self.introductions[node].digest
 
     def equip(self, message: Message) -> Message:
         """With the frame, where its node may not hold it."""
@@ -111,7 +112,7 @@ class Fleet:
         self._holding.discard(node)
 
     def _known(self, node: int) -> bool:
-        return node in self._introductions or node in self._refused
+        return node in self.introductions or node in self._refused
 
     def _wait(self, grid: Grid, needed: int) -> list[int]:
         deadline = time.monotonic() + self._config.wait_timeout_s
@@ -145,7 +146,7 @@ class Fleet:
             else:
                 self._read(node, reply)
         for node in nodes:
-            if node not in self._introductions:
+            if node not in self.introductions:
                 self._fail(node, failures[node])
 
     def _fail(self, node: int, reason: str) -> None:
@@ -164,6 +165,6 @@ class Fleet:
             introduction = Introduction.from_message(reply)
             if introduction.fingerprint != self._fingerprint:
                 raise MalformedReply("its base model is not the server's, and it did not say so")
-            self._introductions[node] = introduction
+            self.introductions[node] = introduction
         except MalformedReply as error:
             self._refused[node] = said(str(error))

@@ -4,7 +4,7 @@ import functools
 import json
 import operator
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from logging import INFO, WARNING
 from pathlib import Path
@@ -14,7 +14,9 @@ from flwr.common.logger import log
 
 from spry_app.config import RunConfig
 from spry_app.errors import SpryError
-from spry_app.protocol import Score, Tensors, TrainReply, said
+from spry_app.protocol import Introduction, Score, Task, Tensors, TrainReply, said
+from spry_app.server.roster import Roster
+from spry_app.server.telemetry import Telemetry
 from spry_app.slope_log import Entry, SlopeLog, read
 from spry_app.tasks import get_task
 
@@ -83,10 +85,13 @@ class Round:
 class Recorder:
     """Collects a round while it runs and writes it when it ends.
 
-    after: the round after which the run in `folder` goes on; None for one that begins.
+    after: the round after which the run in `folder` goes on; None for one that begins. telemetry: where else its
+    numbers go.
     """
 
-    def __init__(self, folder: Path, config: RunConfig, after: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, config: RunConfig, after: int | None = None, telemetry: Telemetry | None = None
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self._flat = folder, config.flat()
         _write_whole(folder / "config.json", json.dumps(self._flat, indent=2) + "\n")
@@ -102,6 +107,8 @@ class Recorder:
         self._after = after
         if after is not None:
             self._go_on(after)
+        self.roster = Roster(folder, config, after)
+        self._telemetry = telemetry or Telemetry()
         self.score: Score | None = None
         self.warnings: list[str] = []
         self.promised = ""
@@ -149,8 +156,15 @@ class Recorder:
     def received(self, size_bytes: int) -> None:
         self._bytes_up += size_bytes
 
-    def trained(self, replies: Sequence[TrainReply]) -> None:
-        """The replies that are used."""
+    def asked(self, tasks: Mapping[int, Task], units: Iterable[str], introduced: Mapping[int, Introduction]) -> None:
+        """What is asked of each node of the round. units: of the model. introduced: all nodes that can be used."""
+        self.current.asked = len(tasks)
+        self.roster.asked(tasks, units, introduced)
+
+    def trained(self, accepted: Sequence[tuple[Task, TrainReply]]) -> None:
+        """The replies that are used, with what was asked."""
+        self.roster.used(task.client for task, _ in accepted)
+        replies = [reply for _, reply in accepted]
         now, self._forwards = self.current, self._forwards + sum(reply.forwards for reply in replies)
         now.answered = len(replies)
         if not replies:
@@ -199,6 +213,9 @@ class Recorder:
             now.loss, now.accuracy = score.loss / sums[self.task.loss_over], now.metrics.get("accuracy")
         with self.metrics_path.open("a") as file:
             file.write(now.as_json() + "\n")
+        self.roster.end(now.round)
+        for sentence in self._telemetry.round(json.loads(now.as_json())):
+            self.warn(sentence)
         self.rounds.append(now)
         log(INFO, "%s", self._sentence(now))
 

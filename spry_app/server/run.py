@@ -4,6 +4,7 @@ import errno
 import functools
 import json
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from safetensors import SafetensorError
 
 from spry_app.autodiff.memory import MIB
 from spry_app.config import RunConfig
-from spry_app.data import label_names, load_corpus
+from spry_app.data import label_counts, label_names, load_corpus
 from spry_app.errors import SpryError
 from spry_app.methods import Layout, Method, get_method
 from spry_app.models import AdaptedModel, load_model, save_adapter
@@ -24,13 +25,16 @@ from spry_app.objectives import score
 from spry_app.plugins import load_object
 from spry_app.prefix import PrefixCache, frozen
 from spry_app.protocol import Score, from_arrays, to_arrays
+from spry_app.report import REPORT
 from spry_app.server.checkpoint import load
+from spry_app.server.ending import reported
 from spry_app.server.frame_file import load_frame, save_frame
 from spry_app.server.memory import step_peaks
 from spry_app.server.picture import draw
 from spry_app.server.record import Recorder
 from spry_app.server.stopping import Stopped, end_round
 from spry_app.server.strategy import SpryStrategy
+from spry_app.server.telemetry import Telemetry, opened
 from spry_app.tasks import Encoded, get_task
 
 _EVALUATION_BATCH = 32
@@ -52,15 +56,16 @@ def run(grid: Grid, context: Context) -> None:
     """Everything a run does. Raises (never exits) where it fails, so that Flower marks the run as failed."""
     config = RunConfig.from_flower(context.run_config)
     folder = Path(config.resume or Path(config.output_dir, str(context.run_id))).expanduser().resolve()
-    try:
-        _run(grid, config, folder)
-    except (OSError, SafetensorError) as error:
-        if not _is_disk_full(error):
-            raise
-        raise SpryError(
-            f"The disk of {folder} is full ({error}). What its last checkpoint holds is kept: make room, and start a "
-            f"run with resume={str(folder)!r} and the same settings."
-        ) from error
+    with reported(folder):
+        try:
+            _run(grid, config, folder)
+        except (OSError, SafetensorError) as error:
+            if not _is_disk_full(error):
+                raise
+            raise SpryError(
+                f"The disk of {folder} is full ({error}). What its last checkpoint holds is kept: make room, and start "
+                f"a run with resume={str(folder)!r} and the same settings."
+            ) from error
 
 
 def _is_disk_full(error: Exception) -> bool:
@@ -68,7 +73,8 @@ def _is_disk_full(error: Exception) -> bool:
 
 
 def _run(grid: Grid, config: RunConfig, folder: Path) -> None:
-    done = federate(grid, config, folder)
+    with opened(config, folder) as telemetry:
+        done = federate(grid, config, folder, telemetry)
     rounds = done.recorder.rounds
     save_adapter(done.adapted, from_arrays(done.arrays), folder / "adapter")
     draw(rounds, folder / "picture.png", title=f"{config.method} on {config.data.source}")
@@ -79,7 +85,7 @@ def _run(grid: Grid, config: RunConfig, folder: Path) -> None:
     _write_result(folder, done.recorder, peaks)
 
 
-def federate(grid: Grid, config: RunConfig, folder: Path) -> Federated:
+def federate(grid: Grid, config: RunConfig, folder: Path, telemetry: Telemetry | None = None) -> Federated:
     """Load, and run all rounds; what they cost and gave is written into `folder` as they end.
 
     With config.resume, `folder` is that of a run which goes on after its last checkpoint.
@@ -93,7 +99,9 @@ def federate(grid: Grid, config: RunConfig, folder: Path) -> Federated:
     task.prepare(adapted, config.data)
     method = method.on(Layout(adapted.depths(), len(adapted.blocks)), config.client)
     test = _test_rows(config, adapted)
-    recorder = Recorder(folder, config, checkpoint.progress.round if checkpoint else None)
+    recorder = Recorder(folder, config, checkpoint.progress.round if checkpoint else None, telemetry)
+    if _simulated(grid):
+        recorder.roster.labels = functools.partial(label_counts, config.data, config.seed)
     frame = adapted.subspace.sent
     save_frame(frame, folder)
     strategy = strategy_class(
@@ -147,6 +155,14 @@ def _federate(
     return result.arrays or arrays
 
 
+def _simulated(grid: Grid) -> bool:
+    """Whether nodes hold shards of the run's data and nothing else. Importing the class of such a grid takes seconds;
+    where there is one it has been imported.
+    """
+    module = sys.modules.get("flwr.superlink.grid")
+    return module is not None and isinstance(grid, module.InMemoryGrid)
+
+
 def _resumable(strategy: Strategy) -> SpryStrategy:
     if not isinstance(strategy, SpryStrategy):
         raise SpryError(f"A {type(strategy).__name__} cannot be resumed: it is not derived from SpryStrategy.")
@@ -190,5 +206,6 @@ def _write_result(folder: Path, recorder: Recorder, peaks: dict[str, float]) -> 
         "adapter": str(folder / "adapter"),
         "metrics": str(recorder.metrics_path),
         "picture": str(folder / "picture.png"),
+        "report": str(folder / REPORT),
     }
     (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")

@@ -128,7 +128,7 @@ class SpryStrategy(Strategy):
             )
             for index, (node, units, seat) in enumerate(zip(clients.nodes, clients.units, seats_of, strict=True))
         }
-        self.recorder.current.asked = len(self.tasks)
+        self.recorder.asked(self.tasks, self.units, self.fleet.introductions)
         self.guard.begin(self.tasks, len(nodes), arrays, alike=len(set(self.fleet.memory_mib(nodes))) <= 1)
         if server_round == self.rounds_before + 1:
             self.recorder.warn(too_noisy(self.config, self.state, self.method, self.tasks.values()))
@@ -170,7 +170,7 @@ class SpryStrategy(Strategy):
         server_round += self.rounds_before
         accepted = self._accept(replies)
         now = self.recorder.current
-        self.recorder.trained([reply for _, reply in accepted])
+        self.recorder.trained(accepted)
         self.barren_rounds = 0 if accepted else self.barren_rounds + 1
         if self.barren_rounds == MOST_BARREN_ROUNDS:
             reasons = "\n".join(f"  {reason}" for reason in now.reasons)

@@ -1,8 +1,7 @@
-"""The `spry` command: reads arguments, calls, and turns errors into one message and an exit status."""
+"""The commands but those of `deploy` and `data`: arguments, and whom to call."""
 
 import json
 import sys
-from collections.abc import Iterable
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Annotated
@@ -11,24 +10,15 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
-from rich.table import Table
 
+from spry_app.cli.data import data
+from spry_app.cli.shared import RunConfigOption, tell
 from spry_app.deploy.commands import app as deploy
 from spry_app.errors import SpryError
-from spry_app.findings import Finding
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="markdown")
 app.add_typer(deploy, name="deploy")
-data = typer.Typer(no_args_is_help=True, help="Look at rows before a run does.")
 app.add_typer(data, name="data")
-RunConfigOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--run-config",
-        "-c",
-        help="Settings to change, as `'key=value key2=\"text\"'` or a TOML file. Repeatable. `spry keys` shows all.",
-    ),
-]
 
 
 @app.callback(invoke_without_command=True)
@@ -139,6 +129,32 @@ def keys_command(
         raise typer.Exit(1)
 
 
+@app.command("report")
+def report_command(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of runs: outputs/<run id>. Several are compared.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="File to write: report.html in the run's folder, or here.")
+    ] = None,
+    target: Annotated[
+        float | None,
+        typer.Option(help="Of the comparison: what it took each run to get there. Default: what all of them reach."),
+    ] = None,
+) -> None:
+    """Write a run down as one HTML file, or several runs side by side; also while they are running.
+
+    Exit status: 0, or 2 where a folder is not one of a run.
+    """
+    from spry_app.report import REPORT, render, write
+
+    path = out or Path(folders[0] if len(folders) == 1 else ".", REPORT)
+    try:
+        write(render(folders, target), path)
+    except (SpryError, OSError) as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(2) from None
+    print(path)
+
+
 @app.command("doctor")
 def doctor_command(
     device: Annotated[str, typer.Option(help="As model.device of a run.")] = "auto",
@@ -161,76 +177,7 @@ def doctor_command(
     if quantization not in QUANTIZATIONS:
         print(f"--quantization is {quantization!r}; allowed are {', '.join(QUANTIZATIONS)}.", file=sys.stderr)
         raise typer.Exit(2)
-    raise typer.Exit(_tell(examine(device, quantization, superlink, root_certificates, insecure), as_json))
-
-
-def _tell(findings: Iterable[tuple[str, Finding]], as_json: bool) -> int:
-    """Print them as they come; 1 if there is a problem among them."""
-    marks, failed = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "problem": "[red]problem[/]"}, False
-    console = Console(highlight=False)
-    for name, found in findings:
-        failed = failed or found.level == "problem"
-        if as_json:
-            said = {"check": name, "level": found.level, "sentence": found.sentence, **found.values}
-            print(json.dumps(said), flush=True)
-        else:
-            console.print(f"{marks[found.level]:>16}  {escape(name)}: {escape(found.sentence)}", soft_wrap=True)
-    return int(failed)
-
-
-@data.command("check")
-def data_check_command(
-    file: Annotated[Path, typer.Argument(help="A node's own rows: .jsonl, .json, .csv or .parquet.")],
-    run_config: RunConfigOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line and finding.")] = False,
-) -> None:
-    """Say what is wrong with a file of rows, and in which lines.
-
-    Its classes are those that the settings name (data.label-names, data.num-labels, data.source), else its own.
-    Exit status: 0 if it can be trained on, 1 if not, 2 if it could not be looked at.
-    """
-    from datasets import disable_progress_bars
-    from datasets.utils.logging import CRITICAL, set_verbosity
-
-    from spry_app.data.check import check_file
-    from spry_app.launcher.settings import run_config_of
-
-    try:
-        disable_progress_bars()
-        set_verbosity(CRITICAL)  # what it says of a file that it cannot read is in the finding
-        config = run_config_of({"data.source": str(file)}, run_config or ())
-        status = _tell(check_file(str(file), config.data), as_json)
-    except SpryError as error:
-        print(error, file=sys.stderr)
-        status = 2
-    raise typer.Exit(status)
-
-
-@data.command("shards")
-def data_shards_command(
-    nodes: Annotated[int, typer.Option(min=1, help="Number of virtual devices.")] = 10,
-    run_config: RunConfigOption = None,
-    picture: Annotated[Path | None, typer.Option(help="Draw it into this file (.png, .svg, .pdf).")] = None,
-) -> None:
-    """Show which labels each device of a simulation would hold.
-
-    Exit status: 0, or 2 if the rows cannot be dealt out so.
-    """
-    from spry_app.data.portrait import draw, label_counts
-    from spry_app.launcher.settings import run_config_of
-
-    try:
-        config = run_config_of({}, run_config or ())
-        counts = label_counts(config.data, config.seed, nodes)
-        if picture:
-            draw(counts, picture)
-    except SpryError as error:
-        print(error, file=sys.stderr)
-        raise typer.Exit(2) from None
-    table = Table("device", "rows", *counts.names, box=None)
-    for index, row in enumerate(counts.rows):
-        table.add_row(str(index), str(sum(row)), *map(str, row))
-    Console(width=None if sys.stdout.isatty() else 1000).print(table)
+    raise typer.Exit(tell(examine(device, quantization, superlink, root_certificates, insecure), as_json))
 
 
 @app.command("worker")
@@ -269,12 +216,3 @@ def worker_command(
     elif status:
         print(json.dumps(found))
     raise typer.Exit(0 if found else 1)
-
-
-def main() -> None:
-    """Entry point of the console script."""
-    app()
-
-
-if __name__ == "__main__":
-    main()

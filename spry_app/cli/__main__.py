@@ -1,0 +1,5 @@
+"""python -m spry_app.cli"""
+
+from spry_app.cli import main
+
+main()

@@ -1,0 +1,29 @@
+"""What a run has left as one page for people: curves, clients, costs, failures, configuration. Computes nothing about
+learning, and needs neither torch nor Flower.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from spry_app.report.comparison import comparison_of
+from spry_app.report.folder import read_run
+from spry_app.report.page import page_of
+from spry_app.report.templates import html
+
+REPORT = "report.html"
+
+
+def render(folders: Sequence[Path], target: float | None = None) -> str:
+    """HTML of one run, or of several side by side. Raises SpryError where a folder is not one of a run."""
+    runs = [read_run(folder) for folder in folders]
+    return html(page_of(runs[0]) if len(runs) == 1 else comparison_of(runs, target))
+
+
+def write(text: str, path: Path) -> None:
+    """At once or not at all."""
+    fresh = path.with_suffix(".new")
+    fresh.write_text(text)
+    fresh.replace(path)
+
+
+__all__ = ["REPORT", "render", "write"]
