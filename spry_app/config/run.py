@@ -15,6 +15,7 @@ from spry_app.config.presets import PRESETS, Scalar, of_preset
 from spry_app.config.sections import (
     ADAPTER_KEYS,
     SUBSPACE_KEYS,
+    WHOLE_ONLY,
     AdapterConfig,
     ClientConfig,
     Count,
@@ -93,12 +94,13 @@ class RunConfig(Section):
         for key, unused in (
             ("kind", everything - ADAPTER_KEYS[adapter.kind]),
             ("subspace", own - SUBSPACE_KEYS[adapter.subspace]),
+            ("subspace", WHOLE_ONLY if adapter.subspace != "none" else frozenset[str]()),
         ):
             for name in sorted(unused):
-                got, usual = getattr(adapter, name), getattr(default, name)
+                got, usual, chosen = getattr(adapter, name), getattr(default, name), getattr(adapter, key)
                 if got != usual:
                     raise ValueError(
-                        f"adapter.{name} is {got!r}, which adapter.{key} {getattr(adapter, key)!r} does not use; "
+                        f"adapter.{kebab(name)} is {got!r}, which adapter.{key} {chosen!r} does not use; "
                         f"leave it {usual!r}"
                     )
         return self

@@ -3,9 +3,10 @@ over (run.py), loads a model or opens a file.
 """
 
 import math
+import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
@@ -50,13 +51,21 @@ class ModelConfig(Section):
 class AdapterConfig(Section):
     """What is trained beside the head. A key that its kind does not use must stay at its default (ADAPTER_KEYS)."""
 
-    kind: Literal["lora", "vera", "ia3", "bitfit", "layernorm", "none"] = "lora"
+    kind: Literal["lora", "vera", "ia3", "bitfit", "layernorm", "prompt", "p-tuning", "prefix", "none"] = "lora"
     """"lora"; "vera", two vectors of factors a matrix around random ones that all share; "ia3", factors on the
-    activations of some matrices; "bitfit", all biases; "layernorm", all normalisations; "none", the head alone."""
+    activations of some matrices; "bitfit", all biases; "layernorm", all normalisations; "prompt", embeddings of virtual
+    tokens before the text; "p-tuning", those from a small network; "prefix", keys and values of virtual tokens in every
+    block; "none", the head alone."""
     rank: Count = 1
     """LoRA and VeRA (which wants a large one)."""
+    rank_pattern: str = ""
+    """LoRA only: ranks of matrices for which `rank` is not meant, as "query:4,value:2"."""
     alpha: float = Field(1.0, gt=0)
     """LoRA only: updates are multiplied by alpha / rank."""
+    rslora: bool = False
+    """LoRA only: by alpha / sqrt(rank) instead."""
+    dora: bool = False
+    """LoRA only: the length of each row of a matrix is trained apart from its direction."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """LoRA only."""
     targets: str = ""
@@ -74,14 +83,33 @@ class AdapterConfig(Section):
     frame: Literal["random", "singular"] = "random"
     """"core", "combined": the fixed factors. "random", drawn from `seed` by every node; "singular", the first singular
     vectors of the weights, which the server computes and sends to each node once."""
+    virtual_tokens: Count = 8
+    """"prompt", "p-tuning", "prefix": how many."""
+
+    @field_validator("rank_pattern")
+    @classmethod
+    def _ranks_are_numbers(cls, pattern: str) -> str:
+        if pattern and not re.fullmatch(r"\s*[^:,\s]+:[1-9]\d{0,4}\s*(,\s*[^:,\s]+:[1-9]\d{0,4}\s*)*", pattern):
+            raise ValueError('it must be names of matrices with their ranks, as "query:4,value:2"')
+        return pattern
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Name of a matrix -> its rank, of those in `rank_pattern`."""
+        pairs = (part.strip().split(":") for part in self.rank_pattern.split(",") if part.strip())
+        return {name: int(rank) for name, rank in pairs}
 
 
 ADAPTER_KEYS: dict[str, frozenset[str]] = {
-    "lora": frozenset({"rank", "alpha", "dropout", "targets", "bias", "subspace", "coordinates", "frame"}),
+    "lora": frozenset({"rank", "rank_pattern", "alpha", "rslora", "dora", "dropout", "targets", "bias"})
+    | {"subspace", "coordinates", "frame"},
     "vera": frozenset({"rank", "targets"}),
     "ia3": frozenset({"targets"}),
     "bitfit": frozenset(),
     "layernorm": frozenset(),
+    "prompt": frozenset({"virtual_tokens"}),
+    "p-tuning": frozenset({"virtual_tokens"}),
+    "prefix": frozenset({"virtual_tokens"}),
     "none": frozenset(),
 }
 """adapter.kind -> the other keys of `adapter` that it uses."""
@@ -93,6 +121,8 @@ SUBSPACE_KEYS: dict[str, frozenset[str]] = {
     "random": frozenset({"coordinates"}),
 }
 """adapter.subspace -> the keys of `adapter` that it uses and others do not."""
+WHOLE_ONLY = frozenset({"rank_pattern", "dora"})
+"""Keys of `adapter` that are for adapter.subspace "none" alone."""
 
 
 class DataConfig(Section):

@@ -18,9 +18,10 @@ from spry_app.autodiff.token_loss import IGNORED, token_loss
 from spry_app.autodiff.transfer import onto
 from spry_app.config import AdapterConfig, ModelConfig
 from spry_app.models.adapter import attach
-from spry_app.models.blocks import Entering, depth_of, install, run_until, starting_from
+from spry_app.models.blocks import Entering, NoPrefixError, depth_of, install, run_until, starting_from
 from spry_app.models.checkpoint import find_device, load_checkpoint
 from spry_app.models.fingerprint import fingerprint, with_fixed
+from spry_app.models.prompts import check_prompt, has_prompt
 from spry_app.models.randomness import seeded
 from spry_app.models.sources import public_name
 from spry_app.models.subspace import Fixed, Subspace, install_subspace
@@ -127,6 +128,8 @@ class AdaptedModel:
         entering: Entering | None = None,
     ) -> Entering:
         """What enters block `depth`, or a block above it where `entering` is; see `logits`. Raises NoPrefixError."""
+        if has_prompt(self.model):
+            raise NoPrefixError("virtual tokens stand before a text")
         if entering is not None and entering.depth >= depth:
             return entering
         placed, batch = self._placed(params or {}), self._batch(inputs)
@@ -211,6 +214,8 @@ def load_model(
     if subspace.fixed is not None:
         identity = with_fixed(identity, subspace.fixed.digest)
     adapted.eval()
+    if has_prompt(adapted):
+        check_prompt(adapted, base.tokenizer, adapter.kind)
     units = group(adapted)
     # A parameter that asks for gradients makes backprop keep the graph of units that this node does not train.
     adapted.requires_grad_(False)

@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from spry_app.config import ModelConfig
 from spry_app.errors import SpryError
+from spry_app.models.room import check_room
 from spry_app.models.sources import EMBEDDED, find
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,9 @@ def load_checkpoint(config: ModelConfig, num_labels: int, device: torch.device, 
             raise ValueError("it is quantised already; take the full checkpoint and set model.quantization")
         tokenizer = AutoTokenizer.from_pretrained(location, revision=config.revision or None, trust_remote_code=False)
         _pad(tokenizer, settings)
-        head = _head(settings)
+        skeleton = _skeleton(settings)
+        head = _head(skeleton)
+        check_room(skeleton, head, config, device)
         if quantizer is not None:
             quantizer.llm_int8_skip_modules = list(head)
         model, report = AutoModelForSequenceClassification.from_pretrained(
@@ -118,9 +121,14 @@ def _pad(tokenizer: PreTrainedTokenizerBase, settings: PreTrainedConfig) -> None
     settings.use_cache = False
 
 
-def _head(settings: PreTrainedConfig) -> tuple[str, ...]:
+def _skeleton(settings: PreTrainedConfig) -> PreTrainedModel:
+    """The model without its weights."""
     with torch.device("meta"):
-        skeleton = AutoModelForSequenceClassification.from_config(settings, trust_remote_code=False)  # type: ignore[no-untyped-call]
+        model: PreTrainedModel = AutoModelForSequenceClassification.from_config(settings, trust_remote_code=False)  # type: ignore[no-untyped-call]
+    return model
+
+
+def _head(skeleton: PreTrainedModel) -> tuple[str, ...]:
     head = tuple(
         name
         for name, child in skeleton.named_children()
