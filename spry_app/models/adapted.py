@@ -19,7 +19,7 @@ from spry_app.autodiff.transfer import onto
 from spry_app.config import AdapterConfig, ModelConfig
 from spry_app.models.adapter import attach
 from spry_app.models.blocks import Entering, NoPrefixError, depth_of, install, run_until, starting_from
-from spry_app.models.checkpoint import find_device, load_checkpoint
+from spry_app.models.checkpoint import Checkpoint, find_device, load_checkpoint
 from spry_app.models.fingerprint import fingerprint, with_fixed
 from spry_app.models.prompts import check_prompt, has_prompt
 from spry_app.models.randomness import seeded
@@ -220,6 +220,13 @@ def load_model(
     # A parameter that asks for gradients makes backprop keep the graph of units that this node does not train.
     adapted.requires_grad_(False)
     return AdaptedModel(adapted, base.tokenizer, units, identity, device, install(adapted), subspace)
+
+
+def load_base(model: ModelConfig, num_labels: int, seed: int, path: str = "") -> Checkpoint:
+    """The model without an adapter; where the checkpoint lacks weights, with the random ones of `load_model`."""
+    device = find_device(model.device)
+    with seeded(seed, device):
+        return load_checkpoint(model, num_labels, device, path)
 
 
 def save_adapter(adapted: AdaptedModel, tensors: Mapping[str, Tensor], folder: Path) -> None:
