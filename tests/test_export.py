@@ -11,6 +11,7 @@ import yaml
 from federation import make_checkpoint, make_rows
 from flwr.app import Context, RecordDict
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 from typer.testing import CliRunner
@@ -20,6 +21,7 @@ from spry_app.cli import app
 from spry_app.config import RunConfig
 from spry_app.errors import SpryError
 from spry_app.methods import get_method
+from spry_app.server import run as run_room
 from spry_app.server.card import card
 from spry_app.server.export import export
 from spry_app.server.record import Round
@@ -194,19 +196,23 @@ def test_a_card_names_the_hub_model_the_costs_and_what_was_promised() -> None:
     assert "It was not evaluated" in card(config, get_method(config), [Round(1, 2)], ["a"], "owner/name", {})
 
 
-def test_the_adapter_is_there_after_every_round_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[set[str]] = []
-    from spry_app.server import run as room
-
-    write = room.write_adapter
+@pytest.mark.parametrize("kind", ["lora", "core", "bitfit", "layernorm"])
+def test_the_adapter_is_there_after_every_round_and_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The end writes with PEFT what the last round had, and nothing else."""
+    seen: list[tuple[set[str], dict[str, torch.Tensor]]] = []
+    write = run_room.write_adapter
 
     def watched(folder: Path, *args: Any) -> None:
         write(folder, *args)
-        seen.append({path.name for path in folder.iterdir()})
+        weights = load_file(folder / "adapter_model.safetensors")
+        seen.append(({path.name for path in folder.iterdir()}, weights))
 
-    monkeypatch.setattr(room, "write_adapter", watched)
-    folder = _run(tmp_path)
-    assert len(seen) == 3  # two rounds, and the end
+    monkeypatch.setattr(run_room, "write_adapter", watched)
+    folder = _run(tmp_path, **KINDS[kind])
     needed = {"adapter_config.json", "adapter_model.safetensors", "README.md", "labels.json", "tokenizer.json"}
-    assert all(needed <= names for names in seen)
-    assert not (folder / "adapter.new").exists()
+    assert all(needed <= names for names, _ in seen) and not (folder / "adapter.new").exists()
+    (_, first), (_, last), (_, end) = seen
+    assert end.keys() == last.keys() and all(torch.equal(end[name], last[name]) for name in end)
+    assert any(not torch.equal(first[name], last[name]) for name in last)

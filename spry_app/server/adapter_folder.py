@@ -18,16 +18,19 @@ _PACKAGES = ("spry", "flwr", "torch", "transformers", "peft", "bitsandbytes")
 
 
 def write_adapter(
-    folder: Path, adapted: AdaptedModel, tensors: Mapping[str, Tensor], labels: Sequence[str], card: str
+    folder: Path, adapted: AdaptedModel, tensors: Mapping[str, Tensor], labels: Sequence[str], card: str, whole: bool
 ) -> None:
-    """Replace what is in `folder`, a file at a time."""
+    """Replace what is in `folder`, a file at a time.
+
+    whole: also what does not change during a run, which otherwise is written if it is not there.
+    """
     fresh = folder.with_name(folder.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
-    save_adapter(adapted, tensors, fresh)
+    save_adapter(adapted, tensors, fresh, whole or not (folder / LABELS).exists())
     (fresh / LABELS).write_text(json.dumps(list(labels)) + "\n")
     (fresh / "README.md").write_text(card)
     folder.mkdir(exist_ok=True)
-    for file in sorted(fresh.iterdir()):
+    for file in sorted(fresh.iterdir(), key=lambda file: file.name == LABELS):  # last: the others are there then
         file.replace(folder / file.name)
     fresh.rmdir()
 

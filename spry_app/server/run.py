@@ -73,7 +73,7 @@ def _is_disk_full(error: Exception) -> bool:
 def _run(grid: Grid, config: RunConfig, folder: Path) -> None:
     done = federate(grid, config, folder)
     rounds = done.recorder.rounds
-    _write_adapter(done.adapted, done.arrays, done.method, config, done.recorder)
+    _write_adapter(done.adapted, done.arrays, done.method, config, done.recorder, whole=True)
     draw(rounds, folder / "picture.png", title=f"{config.method} on {config.data.source}")
     peaks = step_peaks(done.adapted, done.test, config, done.method) if done.test is not None else {}
     measured = [line.peak_mib for line in rounds if line.peak_mib]
@@ -134,11 +134,16 @@ def federate(grid: Grid, config: RunConfig, folder: Path) -> Federated:
 
 
 def _write_adapter(
-    adapted: AdaptedModel, arrays: ArrayRecord, method: Method, config: RunConfig, recorder: Recorder
+    adapted: AdaptedModel,
+    arrays: ArrayRecord,
+    method: Method,
+    config: RunConfig,
+    recorder: Recorder,
+    whole: bool = False,
 ) -> None:
     labels, base = label_names(config.data), public_name(config.model.name)
     text = card(config, method, recorder.rounds, labels, base, versions())
-    write_adapter(recorder.folder / "adapter", adapted, from_arrays(arrays), labels, text)
+    write_adapter(recorder.folder / "adapter", adapted, from_arrays(arrays), labels, text, whole)
 
 
 def _federate(
