@@ -48,7 +48,10 @@ PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
         ),
         ({"preset": "spry-paper", "client.directions": 0}, "'client.directions' is 0"),
         ({"noise.target-cosine": 1.5}, "less than or equal to 1"),
-        ({"adapter.kind": "prefix"}, "'lora', 'vera', 'ia3', 'bitfit', 'layernorm' or 'none'"),
+        (
+            {"adapter.kind": "loha"},
+            "'lora', 'vera', 'ia3', 'bitfit', 'layernorm', 'prompt', 'p-tuning', 'prefix' or 'none'",
+        ),
         ({"adapter.kind": "ia3", "adapter.rank": 4}, "adapter.rank is 4, which adapter.kind 'ia3' does not use"),
         ({"adapter.kind": "bitfit", "adapter.targets": "query"}, "adapter.targets is 'query', which adapter.kind"),
         ({"adapter.kind": "none", "adapter.bias": "all"}, "adapter.kind 'none' does not use; leave it 'none'"),

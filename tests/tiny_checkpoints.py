@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from tiny_models import WORDS, tiny_base
 from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -27,7 +27,14 @@ def write_checkpoint(folder: Path, family: str = "bert", pad: bool = True, seed:
     """A checkpoint of tiny_models' `family`; without `pad` its tokenizer knows no padding token."""
     tiny_base(family, seed).save_pretrained(folder)
     vocabulary = {"<unk>": 0, "<pad>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, WORDS)}
-    words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    model = WordLevel(vocabulary, unk_token="<unk>")
+    if family == "qwen2":  # its tokenizer is of one class, whatever the folder says, which knows bytes and no words
+        model = BPE(
+            {name: vocabulary[name] for name in ("<unk>", "<pad>", "</s>")}
+            | {c: 3 + i for i, c in enumerate("w0123456789Ġ")},
+            [],
+        )
+    words = Tokenizer(model)
     words.pre_tokenizer = Whitespace()
     special = {"pad_token": "<pad>"} if pad else {}
     names = ["input_ids", "attention_mask"]

@@ -14,12 +14,16 @@ from transformers import (
     AlbertForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
+    DebertaConfig,
+    DebertaForSequenceClassification,
     DebertaV2Config,
     DebertaV2ForSequenceClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
     Gemma2Config,
     Gemma2ForSequenceClassification,
+    Gemma3TextConfig,
+    Gemma3TextForSequenceClassification,
     GemmaConfig,
     GemmaForSequenceClassification,
     GPT2Config,
@@ -30,11 +34,15 @@ from transformers import (
     MistralForSequenceClassification,
     OPTConfig,
     OPTForSequenceClassification,
+    Phi3Config,
+    Phi3ForSequenceClassification,
     PhiConfig,
     PhiForSequenceClassification,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForSequenceClassification,
+    Qwen3Config,
+    Qwen3ForSequenceClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
 )
@@ -98,6 +106,23 @@ def _gemma2() -> PreTrainedModel:
     return Gemma2ForSequenceClassification(Gemma2Config(head_dim=4, **special, **DECODER))
 
 
+def _gemma3() -> PreTrainedModel:
+    """The text model; one block sees four tokens, the other all."""
+    special = {"query_pre_attn_scalar": 4, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+    return Gemma3TextForSequenceClassification(Gemma3TextConfig(head_dim=4, **special, **DECODER))
+
+
+def _qwen3() -> PreTrainedModel:
+    """Queries and keys pass a norm each."""
+    return Qwen3ForSequenceClassification(Qwen3Config(head_dim=4, **DECODER))
+
+
+def _phi3() -> PreTrainedModel:
+    """Query, key and value are one matrix."""
+    special = {"bos_token_id": 0, "eos_token_id": 0}
+    return Phi3ForSequenceClassification(Phi3Config(**special, **DECODER))
+
+
 def _phi() -> PreTrainedModel:
     return PhiForSequenceClassification(PhiConfig(**DECODER))
 
@@ -107,11 +132,22 @@ def _albert() -> PreTrainedModel:
     return AlbertForSequenceClassification(AlbertConfig(embedding_size=8, **USUAL))
 
 
-def _deberta_v2() -> PreTrainedModel:
-    """As the published checkpoints are: positions are relative and only in the attention."""
+def _deberta() -> PreTrainedModel:
+    """Query, key and value are one matrix; positions are relative and only in the attention."""
+    positions = {"relative_attention": True, "max_relative_positions": 8, "pos_att_type": ["c2p", "p2c"]}
+    return DebertaForSequenceClassification(DebertaConfig(position_biased_input=False, **positions, **USUAL))
+
+
+def _deberta_v3(**special: Any) -> PreTrainedModel:
+    """As the published checkpoints are: positions are relative, only in the attention, and have the keys of words."""
     positions = {"relative_attention": True, "position_buckets": 4, "pos_att_type": ["p2c", "c2p"]}
     norms = {"share_att_key": True, "norm_rel_ebd": "layer_norm", "position_biased_input": False}
-    return DebertaV2ForSequenceClassification(DebertaV2Config(**positions, **norms, **USUAL))
+    return DebertaV2ForSequenceClassification(DebertaV2Config(**positions, **norms, **special, **USUAL))
+
+
+def _deberta_v2() -> PreTrainedModel:
+    """As v3, with a convolution beside the lowest block."""
+    return _deberta_v3(conv_kernel_size=3, conv_act="gelu")
 
 
 MODELS: dict[str, tuple[Callable[[], PreTrainedModel], list[str]]] = {
@@ -129,9 +165,14 @@ MORE_MODELS: dict[str, tuple[Callable[[], PreTrainedModel], list[str]]] = {
     "qwen2": (_qwen2, ["q_proj", "v_proj"]),
     "gemma": (_gemma, ["q_proj", "v_proj"]),
     "gemma2": (_gemma2, ["q_proj", "v_proj"]),
+    "qwen3": (_qwen3, ["q_proj", "v_proj"]),
+    "gemma3": (_gemma3, ["q_proj", "v_proj"]),
+    "phi3": (_phi3, ["qkv_proj"]),
     "phi": (_phi, ["q_proj", "v_proj"]),
     "albert": (_albert, ["query", "value"]),
+    "deberta": (_deberta, ["in_proj"]),
     "deberta-v2": (_deberta_v2, ["query_proj", "value_proj"]),
+    "deberta-v3": (_deberta_v3, ["query_proj", "value_proj"]),
 }
 """The same for families that only their slopes are tested for (test_families)."""
 

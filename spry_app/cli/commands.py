@@ -155,6 +155,27 @@ def report_command(
     print(path)
 
 
+@app.command("export")
+def export_command(
+    source: Annotated[Path, typer.Argument(help="Folder of a run, or of an adapter.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write the model into: absent or empty.")],
+    dtype: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
+    model: Annotated[str, typer.Option(help="Local copy of the base model, in place of the one that is named.")] = "",
+    force: Annotated[bool, typer.Option("--force", help="Replace all that is in OUTPUT.")] = False,
+) -> None:
+    """Merge an adapter into its base model, for transformers alone. Pushes nowhere."""
+    from spry_app.server.export import DTYPES, export
+
+    try:
+        if dtype not in DTYPES:
+            raise SpryError(f"--dtype is {dtype!r}; allowed are {', '.join(DTYPES)}.")
+        export(source, output, dtype, model, force)
+    except SpryError as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(2) from None
+    print(f'The model is in {output}: pipeline("text-classification", "{output}")')
+
+
 @app.command("doctor")
 def doctor_command(
     device: Annotated[str, typer.Option(help="As model.device of a run.")] = "auto",

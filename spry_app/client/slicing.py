@@ -4,10 +4,8 @@ import dataclasses
 import itertools
 import logging
 import math
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from flwr.app import ConfigRecord, RecordDict
 
@@ -20,6 +18,7 @@ from spry_app.config import ADAPTER_KEYS, RunConfig
 from spry_app.errors import SpryError
 from spry_app.methods import Method
 from spry_app.methods.replay import exact_names
+from spry_app.models.room import free_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -96,20 +95,3 @@ def _mib(budget: float | str, device: torch.device) -> float:
     if budget == "auto":
         return AUTO_PART * free_bytes(device) / MIB
     return float(budget or 0)
-
-
-def free_bytes(device: torch.device) -> int:
-    """What another allocation may take, at the most; a container's limit counts."""
-    if device.type == "cuda":
-        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + reserved
-    return min(int(psutil.virtual_memory().available), _free_in_container())
-
-
-def _free_in_container() -> int:
-    """What the limit of a container (cgroup v2) leaves; more than any machine has where there is none."""
-    folder = Path("/sys/fs/cgroup")
-    try:
-        return int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text())
-    except (OSError, ValueError):  # no such file, or the limit is "max"
-        return 1 << 62

@@ -2,18 +2,15 @@
 
 from spry_app.config.presets import Scalar
 from spry_app.config.run import RunConfig, keys
-from spry_app.config.sections import (
-    ADAPTER_KEYS,
-    AdapterConfig,
+from spry_app.config.section import kebab
+from spry_app.config.sections import ADAPTER_KEYS, AdapterConfig, DataConfig, ModelConfig
+from spry_app.config.training import (
     ClientConfig,
-    DataConfig,
-    ModelConfig,
     NoiseConfig,
     PrivacyConfig,
     ServerConfig,
     StopConfig,
     TelemetryConfig,
-    kebab,
 )
 
 __all__ = [

@@ -1,4 +1,5 @@
-"""The whole run config: its top keys, and the way in and out of Flower's flat dict. Sections are in sections.py.
+"""The whole run config: its top keys, and the way in and out of Flower's flat dict. The others are in sections.py and
+training.py.
 
 Flower hands the configuration over as one flat dict (`{"client.learning-rate": 0.1}`) of int, float, bool and str;
 an empty string stands for "not set".
@@ -12,21 +13,15 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from pydantic.fields import FieldInfo
 
 from spry_app.config.presets import PRESETS, Scalar, of_preset
-from spry_app.config.sections import (
-    ADAPTER_KEYS,
-    SUBSPACE_KEYS,
-    AdapterConfig,
+from spry_app.config.section import Count, Section, kebab
+from spry_app.config.sections import ADAPTER_KEYS, SUBSPACE_KEYS, WHOLE_ONLY, AdapterConfig, DataConfig, ModelConfig
+from spry_app.config.training import (
     ClientConfig,
-    Count,
-    DataConfig,
-    ModelConfig,
     NoiseConfig,
     PrivacyConfig,
-    Section,
     ServerConfig,
     StopConfig,
     TelemetryConfig,
-    kebab,
 )
 from spry_app.errors import SpryError
 
@@ -97,12 +92,13 @@ class RunConfig(Section):
         for key, unused in (
             ("kind", everything - ADAPTER_KEYS[adapter.kind]),
             ("subspace", own - SUBSPACE_KEYS[adapter.subspace]),
+            ("subspace", WHOLE_ONLY if adapter.subspace != "none" else frozenset[str]()),
         ):
             for name in sorted(unused):
-                got, usual = getattr(adapter, name), getattr(default, name)
+                got, usual, chosen = getattr(adapter, name), getattr(default, name), getattr(adapter, key)
                 if got != usual:
                     raise ValueError(
-                        f"adapter.{name} is {got!r}, which adapter.{key} {getattr(adapter, key)!r} does not use; "
+                        f"adapter.{kebab(name)} is {got!r}, which adapter.{key} {chosen!r} does not use; "
                         f"leave it {usual!r}"
                     )
         return self

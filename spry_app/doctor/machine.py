@@ -16,10 +16,11 @@ from packaging.requirements import Requirement
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from spry_app.autodiff.memory import MIB
-from spry_app.client.slicing import AUTO_PART, free_bytes
+from spry_app.client.slicing import AUTO_PART
 from spry_app.errors import SpryError
 from spry_app.findings import Finding, Values
 from spry_app.models.checkpoint import find_device
+from spry_app.models.room import free_bytes
 
 LITTLE_MEMORY_MIB = 512
 LITTLE_DISK_MIB = 2048

@@ -4,7 +4,6 @@ import functools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -17,16 +16,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spry_app.autodiff.token_loss import IGNORED, token_loss
 from spry_app.autodiff.transfer import onto
-from spry_app.config import AdapterConfig, ModelConfig
-from spry_app.models.adapter import attach
-from spry_app.models.blocks import Entering, depth_of, install, run_until, starting_from
-from spry_app.models.checkpoint import find_device, load_checkpoint
-from spry_app.models.fingerprint import fingerprint, with_fixed
+from spry_app.models.blocks import Entering, NoPrefixError, depth_of, run_until, starting_from
+from spry_app.models.prompts import has_prompt
 from spry_app.models.randomness import seeded
-from spry_app.models.sources import public_name
-from spry_app.models.subspace import Fixed, Subspace, install_subspace
-from spry_app.models.units import HEAD, Units, group
-from spry_app.tasks import TASKS, LearningTask
+from spry_app.models.subspace import Subspace
+from spry_app.models.units import HEAD, Units
 
 Tensors = dict[str, Tensor]
 
@@ -156,6 +150,8 @@ class AdaptedModel:
         entering: Entering | None = None,
     ) -> Entering:
         """What enters block `depth`, or a block above it where `entering` is; see `logits`. Raises NoPrefixError."""
+        if has_prompt(self.model):
+            raise NoPrefixError("virtual tokens stand before a text")
         if entering is not None and entering.depth >= depth:
             return entering
         placed, batch = self._placed(params or {}), self._batch(inputs)
@@ -239,42 +235,3 @@ def _passing_through(head: nn.Module | None) -> Iterator[None]:
         yield
     finally:
         del head.forward  # the instance's; that of its class is back
-
-
-def load_model(
-    model: ModelConfig,
-    adapter: AdapterConfig,
-    num_labels: int,
-    seed: int,
-    path: str = "",
-    frame: Fixed | None = None,
-    task: LearningTask = TASKS["classification"],
-) -> AdaptedModel:
-    """Load, quantise, adapt. `path` is a node's own copy, taken instead of model.name.
-
-    num_labels: classes of the task, 0 where it has none. frame: what is not computed here of a subspace of the
-    adapter, but given (Subspace.sent).
-    Whatever the checkpoint lacks and LoRA's first factors are drawn from `seed` alone, the same on every node.
-    Raises SpryError for a model, device, quantiser or target that is not to be had.
-    """
-    device = find_device(model.device)
-    with seeded(seed, device):
-        base = load_checkpoint(model, task, num_labels, device, path)
-        identity = fingerprint(base.model, base.head)
-        adapted = attach(base.model, adapter, base.head, public_name(model.name), model.revision, task.peft_type)
-    subspace = install_subspace(adapted, adapter, seed, frame)
-    if subspace.fixed is not None:
-        identity = with_fixed(identity, subspace.fixed.digest)
-    adapted.eval()
-    units = group(adapted)
-    # A parameter that asks for gradients makes backprop keep the graph of units that this node does not train.
-    adapted.requires_grad_(False)
-    return AdaptedModel(adapted, base.tokenizer, units, identity, device, install(adapted), subspace)
-
-
-def save_adapter(adapted: AdaptedModel, tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Write `tensors` into the model, then adapter and tokenizer into `folder` for `peft.PeftModel.from_pretrained`."""
-    adapted.load_tensors(tensors)
-    # "auto" would ask the Hub whether the vocabulary of the base model has grown.
-    adapted.model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=adapted.subspace.plain())
-    adapted.tokenizer.save_pretrained(str(folder))

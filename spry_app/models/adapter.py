@@ -23,6 +23,8 @@ from transformers.pytorch_utils import Conv1D
 
 from spry_app.config import AdapterConfig
 from spry_app.errors import SpryError
+from spry_app.models import prompts
+from spry_app.models.dora import install_dora
 
 Kind = Callable[[PreTrainedModel, AdapterConfig, tuple[str, ...]], PeftConfig]
 """A frozen model, its adapter keys and the names of its head -> PEFT's configuration."""
@@ -71,14 +73,22 @@ def attach(
             module.register_forward_pre_hook(_to_float32)
         if isinstance(module, IA3Layer):
             module.register_forward_hook(_to_format_of_input)
+    install_dora(adapted)
     return adapted
 
 
 def _lora(model: PreTrainedModel, adapter: AdapterConfig, head: tuple[str, ...]) -> PeftConfig:
-    """arXiv 2106.09685."""
+    """arXiv 2106.09685; rsLoRA: arXiv 2312.03732; DoRA: arXiv 2402.09353."""
+    for name in adapter.ranks:
+        if not any(_matches(module, name) for module in _linear(model, head)):
+            short = sorted({module.rpartition(".")[2] for module in _linear(model, head)})
+            raise SpryError(f"adapter.rank-pattern names {name}, not a linear layer here: it has {', '.join(short)}.")
     return LoraConfig(
         r=adapter.rank,
+        rank_pattern={re.escape(name): rank for name, rank in adapter.ranks.items()},
         lora_alpha=adapter.alpha,  # type: ignore[arg-type]
+        use_rslora=adapter.rslora,
+        use_dora=adapter.dora,
         lora_dropout=adapter.dropout,
         bias=adapter.bias,
         target_modules=_query_and_value(model, adapter, head),
@@ -135,8 +145,8 @@ def _layernorm(model: PreTrainedModel, adapter: AdapterConfig, head: tuple[str, 
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """Models have classes of their own for what nn.RMSNorm does."""
-    return isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm")
+    """Models have classes of their own for what nn.RMSNorm does, and some for nn.LayerNorm."""
+    return isinstance(module, nn.LayerNorm) or type(module).__name__.endswith(("RMSNorm", "LayerNorm"))
 
 
 def _head_alone(model: PreTrainedModel, adapter: AdapterConfig, head: tuple[str, ...]) -> PeftConfig:
@@ -148,12 +158,19 @@ def _head_alone(model: PreTrainedModel, adapter: AdapterConfig, head: tuple[str,
     return LoraConfig(target_modules=DUMMY_TARGET_MODULES, **_shared(head))
 
 
+def _virtual(make: Callable[[PreTrainedModel, AdapterConfig, dict[str, Any]], PeftConfig]) -> Kind:
+    return lambda model, adapter, head: make(model, adapter, _shared(head))
+
+
 KINDS: dict[str, Kind] = {
     "lora": _lora,
     "vera": _vera,
     "ia3": _ia3,
     "bitfit": _bitfit,
     "layernorm": _layernorm,
+    "prompt": _virtual(prompts.prompt),
+    "p-tuning": _virtual(prompts.p_tuning),
+    "prefix": _virtual(prompts.prefix),
     "none": _head_alone,
 }
 

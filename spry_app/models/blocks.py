@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from spry_app.autodiff.checkpointing import checkpointing, is_checkpointing
+from spry_app.errors import SpryError
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,11 @@ def _forgetting(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
     By then the caller has taken its own parameters and its dropout out of the model again, so both are kept here.
     """
+    if kwargs.get("past_key_values") is not None:
+        raise SpryError(
+            'gradient is "checkpointed-backprop", which runs a block twice, and adapter.kind "prefix" gives blocks '
+            'what they add to: set gradient to "backprop" or "forward-mode".'
+        )
     own: dict[str, Tensor] = {name: value for name, value in block.named_parameters() if value.requires_grad}
     modes = {part: part.training for part in block.modules()}
 

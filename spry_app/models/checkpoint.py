@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from spry_app.config import ModelConfig
 from spry_app.errors import SpryError
+from spry_app.models.room import check_room
 from spry_app.models.sources import EMBEDDED, find
 from spry_app.tasks import LearningTask
 
@@ -59,7 +60,9 @@ def load_checkpoint(
             raise ValueError("it is quantised already; take the full checkpoint and set model.quantization")
         tokenizer = AutoTokenizer.from_pretrained(location, revision=config.revision or None, trust_remote_code=False)
         _pad(tokenizer, settings)
-        head = _head(settings, task) if task.head else ()
+        skeleton = _skeleton(settings, task)
+        head = _head(skeleton, task.noun) if task.head else ()
+        check_room(skeleton, head, config, device)
         if quantizer is not None and head:
             quantizer.llm_int8_skip_modules = list(head)
         model, report = task.auto_model.from_pretrained(
@@ -127,16 +130,21 @@ def _classes(count: int) -> dict[str, int]:
     return {"num_labels": count} if count else {}
 
 
-def _head(settings: PreTrainedConfig, task: LearningTask) -> tuple[str, ...]:
+def _skeleton(settings: PreTrainedConfig, task: LearningTask) -> PreTrainedModel:
+    """The model without its weights."""
     with torch.device("meta"):
-        skeleton = task.auto_model.from_config(settings, trust_remote_code=False)
+        model: PreTrainedModel = task.auto_model.from_config(settings, trust_remote_code=False)
+    return model
+
+
+def _head(skeleton: PreTrainedModel, noun: str) -> tuple[str, ...]:
     head = tuple(
         name
         for name, child in skeleton.named_children()
         if child is not skeleton.base_model and any(True for _ in child.parameters())
     )
     if skeleton.base_model is skeleton or not head:
-        raise ValueError(f"its architecture has no {task.noun} head of its own beside a backbone")
+        raise ValueError(f"its architecture has no {noun} head of its own beside a backbone")
     return head
 
 

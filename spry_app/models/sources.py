@@ -26,6 +26,11 @@ def public_name(name: str) -> str:
     return EMBEDDED[name].hub_name if name in EMBEDDED else name
 
 
+def known_as(public: str) -> str:
+    """model.name of a checkpoint that others know by this one: the reverse of `public_name`."""
+    return next((name for name, row in EMBEDDED.items() if row.hub_name == public), public)
+
+
 def find(name: str, path: str = "") -> str:
     """The folder or Hub name to load from: `path` if given. Raises SpryError if a folder or package is missing."""
     if path:

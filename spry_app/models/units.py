@@ -10,6 +10,10 @@ from peft.utils import ModulesToSaveWrapper
 HEAD = "head"
 COORDINATES = "coordinates"
 """Module of the coordinates that all adapted matrices share, at the top of the model."""
+PROMPT = "prompt"
+"""Unit of all virtual tokens."""
+_PROMPT = "prompt_encoder."
+"""PEFT's module of theirs, at the top of the model."""
 Units = dict[str, tuple[str, ...]]
 
 _BLOCK = re.compile(r"(.*?\.)(\d+)(?=\.)")
@@ -20,8 +24,9 @@ def group(model: PeftModel) -> Units:
     """Unit name -> names of its trainable tensors, in the order the model defines its layers; the head last.
 
     One unit an adapted matrix (its low-rank factors and its own bias, or its IA3 factors), one for the other trained
-    biases of a block, one for everything that is trained in full (the classification head), and one for each chunk of
-    the coordinates that all matrices share; those, which move the lowest matrix, come first.
+    biases of a block, one for everything that is trained in full (the classification head), one for all virtual tokens,
+    and one for each chunk of the coordinates that all matrices share; the last two, which reach the lowest block, come
+    first.
     """
     wrapped = f"base_model.model.{model.get_base_model().base_model_prefix}."
 
@@ -34,9 +39,11 @@ def group(model: PeftModel) -> Units:
         if isinstance(module, BaseTunerLayer | ModulesToSaveWrapper)
     }
     units: dict[str, list[str]] = {}
-    shared = {name: (name,) for name, _ in model.named_parameters() if name.startswith(f"{COORDINATES}.")}
+    shared: Units = {name: (name,) for name, _ in model.named_parameters() if name.startswith(f"{COORDINATES}.")}
+    prompt = tuple(name for name, p in model.named_parameters() if name.startswith(_PROMPT) and p.requires_grad)
+    shared |= {PROMPT: prompt} if prompt else {}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and name not in shared:
+        if parameter.requires_grad and name not in shared and name not in prompt:
             unit = next((owners[parent] for parent in _parents(name) if parent in owners), None)
             units.setdefault(unit or _bias_unit(short(name)), []).append(name)
     head = units.pop(HEAD, [])

@@ -20,12 +20,15 @@ from spry_app.config import RunConfig
 from spry_app.data import label_counts, label_names, load_corpus
 from spry_app.errors import SpryError
 from spry_app.methods import Layout, Method, get_method
-from spry_app.models import AdaptedModel, load_model, save_adapter
+from spry_app.models import AdaptedModel, load_model
+from spry_app.models.sources import public_name
 from spry_app.objectives import score
 from spry_app.plugins import load_object
 from spry_app.prefix import PrefixCache, frozen
 from spry_app.protocol import Score, from_arrays, to_arrays
 from spry_app.report import REPORT
+from spry_app.server.adapter_folder import versions, write_adapter
+from spry_app.server.card import card
 from spry_app.server.checkpoint import load
 from spry_app.server.ending import reported
 from spry_app.server.frame_file import load_frame, save_frame
@@ -76,7 +79,7 @@ def _run(grid: Grid, config: RunConfig, folder: Path) -> None:
     with opened(config, folder) as telemetry:
         done = federate(grid, config, folder, telemetry)
     rounds = done.recorder.rounds
-    save_adapter(done.adapted, from_arrays(done.arrays), folder / "adapter")
+    _write_adapter(done.adapted, done.arrays, done.method, config, done.recorder, whole=True)
     draw(rounds, folder / "picture.png", title=f"{config.method} on {config.data.source}")
     peaks = step_peaks(done.adapted, done.test, config, done.method) if done.test is not None else {}
     measured = [line.peak_mib for line in rounds if line.peak_mib]
@@ -130,12 +133,27 @@ def federate(grid: Grid, config: RunConfig, folder: Path, telemetry: Telemetry |
         finally:
             if isinstance(strategy, SpryStrategy) and len(recorder.rounds) > recorder.current.round:
                 strategy.checkpoint().save(folder)
+                if round_:
+                    _write_adapter(adapted, arrays, method, config, recorder)
         return MetricRecord({**recorder.metrics_of(result)}) if result else None
 
     rounds = config.num_server_rounds - (checkpoint.progress.round if checkpoint else 0)
     start = checkpoint.tensors if checkpoint else adapted.tensors()
     arrays = _federate(strategy, grid, config, to_arrays(start), rounds, evaluate)
     return Federated(adapted, method, arrays, recorder, test)
+
+
+def _write_adapter(
+    adapted: AdaptedModel,
+    arrays: ArrayRecord,
+    method: Method,
+    config: RunConfig,
+    recorder: Recorder,
+    whole: bool = False,
+) -> None:
+    labels, base = label_names(config.data), public_name(config.model.name)
+    text = card(config, method, recorder.rounds, labels, base, versions())
+    write_adapter(recorder.folder / "adapter", adapted, from_arrays(arrays), labels, text, whole)
 
 
 def _federate(
