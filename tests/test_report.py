@@ -231,6 +231,25 @@ def test_spry_report_writes_a_file_and_refuses_what_is_no_run(tmp_path: Path, mo
         read_run(run)
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("metrics.jsonl", '{"round": 1, "noise": "much", "accuracy": 0.5}\n'),
+        ("metrics.jsonl", '{"round": [], "reasons": 3}\n'),
+        ("run.json", '{"nodes": [{"partition": 0}, 3], "units": ["a"], "versions": 3}'),
+        ("run.json", "[]"),
+        ("assignments.jsonl", '{"round": 1, "hands": 3}\n'),
+        ("result.json", '{"rounds": 2, "warnings": 3}'),
+    ],
+)
+def test_files_that_no_run_leaves_give_a_page_or_a_sentence(tmp_path: Path, name: str, text: str) -> None:
+    run = write_run(tmp_path / "run")
+    (run / name).write_text(text)
+    result = CliRunner().invoke(app, ["report", str(run)])
+    assert (result.exit_code, result.exception and type(result.exception)) in ((0, None), (2, SystemExit))
+    assert result.exit_code == 0 or str(run) in result.output
+
+
 def luminance(colour: str) -> float:
     """WCAG 2.2, relative luminance."""
     parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]

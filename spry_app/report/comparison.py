@@ -52,9 +52,8 @@ def comparison_of(runs: Sequence[Run], target: float | None = None) -> Page:
 def _row(run: Run, name: str, share: bool) -> list[str]:
     values = [value for _, value in run.curve(name)]
     last, top = (shown(values[-1], share), shown(best(name, values), share)) if values else ("-", "-")
-    peak = run.result.get("peak-mib") or max((mib for _, mib in run.curve("peak-mib")), default=None)
     costs = [shown(run.last(key)) for key in ("round", "forwards", "mib")]
-    told = [clock(run.last("seconds") or 0.0), shown(peak), shown(run.last("epsilon"))]
+    told = [clock(run.last("seconds") or 0.0), shown(run.peak_mib()), shown(run.last("epsilon"))]
     return [str(run.config.get("method", "-")), last, top, *costs, *told]
 
 
@@ -71,7 +70,7 @@ def _way(run: Run, name: str, target: float) -> list[str]:
 def _overlay(runs: Sequence[Run], names: Sequence[str], name: str, over: str, text: str) -> LineChart | None:
     series = [(title, run.curve(name, over)) for title, run in zip(names, runs, strict=True)]
     share = is_share(name, [value for _, points in series for _, value in points])
-    return line_chart(f"{heading(name)}, over {text}", text, series, share)
+    return line_chart(f"{heading(name)} by {text}", text, series, share)
 
 
 def _others(runs: Sequence[Run], name: str) -> list[str]:

@@ -35,6 +35,11 @@ class Run:
         """The latest value by this name."""
         return next((value for line in reversed(self.rounds) if (value := number(line.get(name))) is not None), None)
 
+    def peak_mib(self) -> float | None:
+        """Of a client's step: as measured at the end, else the highest of the rounds."""
+        measured = number(self.result.get("peak-mib"))
+        return measured or max((mib for _, mib in self.curve("peak-mib")), default=None)
+
 
 def read_run(folder: Path) -> Run:
     """Raises SpryError where `folder` is not one of a run, or a file in it cannot be read."""

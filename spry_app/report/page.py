@@ -97,11 +97,10 @@ def _figures(run: Run, name: str) -> list[tuple[str, str]]:
         found.append(("MiB to / from clients", f"{shown(run.last('mib-down'))} / {shown(run.last('mib-up'))}"))
         found.append(("forward passes of an example", shown(run.last("forwards"))))
         found.append(("time", clock(run.last("seconds") or 0.0)))
-    peaks = [(key, run.result.get(key)) for key in ("peak-mib", "peak-mib-backprop")]
-    peaks = peaks if peaks[0][1] else [("", max((y for _, y in run.curve("peak-mib")), default=None))]
-    if peaks[0][1]:
-        beside = f" ({shown(peaks[1][1])} with backprop)" if len(peaks) > 1 and peaks[1][1] else ""
-        found.append(("MiB for a client step", shown(peaks[0][1]) + beside))
+    if peak := run.peak_mib():
+        backprop = run.result.get("peak-mib-backprop")
+        beside = f" ({shown(backprop)} with backprop)" if backprop else ""
+        found.append(("MiB for a client step", shown(peak) + beside))
     if (epsilon := run.last("epsilon")) is not None:
         found.append((f"epsilon at delta {run.config.get('privacy.delta', '?')}", shown(epsilon)))
     return found

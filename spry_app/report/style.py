@@ -74,5 +74,6 @@ th { color: var(--soft); font-weight: 600; background: var(--card); white-space:
 thead th { position: sticky; top: 0; }
 td { font-variant-numeric: tabular-nums; min-width: 3.5rem; max-width: 34rem; overflow-wrap: break-word; }
 footer { margin-top: 2.5rem; font-size: .85rem; color: var(--soft); }
+@media (max-width: 40rem) { td { max-width: 12rem; } }
 @media print { .scroll { max-height: none; } figure, .figures div { break-inside: avoid; } }
 """
