@@ -100,7 +100,8 @@ WHOLE_ONLY = frozenset({"rank_pattern", "dora"})
 
 class DataConfig(Section):
     task: str = Field("classification", min_length=1)
-    """What is learned from the rows: "classification", of a text or a pair of texts; or "package.module:object" for a
+    """What is learned from the rows: "classification", of a text or a pair of texts; "causal-lm", to go on with a text
+    or to answer (instruction tuning); or "package.module:object" for a
     LearningTask of your own (spry_app/tasks/task.py). Keys that a task does not use must stay at their defaults."""
     source: str = Field("household", min_length=1)
     """"household" (embedded), a local .jsonl/.csv/.parquet file, or a Hub name."""
@@ -111,17 +112,29 @@ class DataConfig(Section):
     test: str = ""
     """Central test set: a local file, or a split of the source; empty for the embedded set's own, else "test"."""
     text_field: str = Field("text", min_length=1)
-    """Column of the text; of its first sentence, for pairs."""
+    """Column of the text; of its first sentence, for pairs; plain text of "causal-lm"."""
     text_pair_field: str = ""
     """Second sentence, for pairs."""
     label_field: str = Field("label", min_length=1)
-    """Column of the label: a whole number from 0 on, or a name."""
+    """Column of the label: a whole number from 0 on, or a name. Where the task has none, what a Dirichlet partition
+    deals rows out by."""
     num_labels: int = Field(0, ge=0)
     """Number of classes; 0 takes it from the data, which every node must then see alike."""
     label_names: str = ""
     """Names of the classes in order, separated by commas; needed where each node has its own file with named labels."""
+    prompt_field: str = ""
+    """"causal-lm": what is said to the model. With `answer-field`, which it is to say; or empty, and the columns are
+    called prompt and completion, or messages, or else `text-field` is plain text."""
+    answer_field: str = ""
+    """"causal-lm": what the model is to answer to `prompt-field`. Only this counts in the loss."""
+    messages_field: str = ""
+    """"causal-lm": a list of {"role", "content"}, written by the tokenizer's chat template. Only what the role
+    "assistant" says counts in the loss."""
+    packing: bool = False
+    """"causal-lm": rows to train on that are shorter than `max-length` share it, none of them seeing another."""
     max_length: int = Field(64, ge=4)
-    """Tokens kept of a text; longer ones are cut, and how many were is logged."""
+    """Tokens kept of a text. What becomes of longer ones, the task says: they are cut, or (plain text of "causal-lm")
+    split, and how many is logged."""
     partition: Literal["iid", "dirichlet", "natural"] = "natural"
     """How a simulation deals the rows to its nodes: as they come, each with labels of its own (`alpha`), or by what a
     field says (`natural-field`)."""

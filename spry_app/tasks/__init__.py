@@ -5,12 +5,14 @@ import difflib
 from spry_app.config import DataConfig, kebab
 from spry_app.errors import SpryError
 from spry_app.plugins import load_object
+from spry_app.tasks.causal_lm import CAUSAL_LM
 from spry_app.tasks.classification import CLASSIFICATION
 from spry_app.tasks.encoded import IGNORED, Encoded
 from spry_app.tasks.task import LearningTask, Model, Sums
 
 TASKS: dict[str, LearningTask] = {
     "classification": CLASSIFICATION,
+    "causal-lm": CAUSAL_LM,
 }
 """data.task -> the task."""
 
