@@ -97,8 +97,10 @@ SUBSPACE_KEYS: dict[str, frozenset[str]] = {
 
 class DataConfig(Section):
     task: str = Field("classification", min_length=1)
-    """What is learned from the rows: "classification", of a text or a pair of texts; or "package.module:object" for a
-    LearningTask of your own (spry_app/tasks/task.py). Keys that a task does not use must stay at their defaults."""
+    """What is learned from the rows: "classification", of a text or a pair of texts; "multiple-answers", each right or
+    wrong and scored by question, as in MultiRC; "question-answering", by a piece of a text or not at all, as in SQuAD
+    v2; or "package.module:object" for a LearningTask of your own (spry_app/tasks/task.py). Keys that a task does not
+    use must stay at their defaults."""
     source: str = Field("household", min_length=1)
     """"household" (embedded), a local .jsonl/.csv/.parquet file, or a Hub name."""
     config: str = ""
@@ -107,13 +109,30 @@ class DataConfig(Section):
     test: str = ""
     """Central test set: a local file, or a split of the source; empty for the embedded set's own, else "test"."""
     text_field: str = Field("text", min_length=1)
+    """Column of the text, or a template with columns in braces: "{word}: {sentence1}". A column within another is named
+    by its path: "idx.question"."""
     text_pair_field: str = ""
-    """Second sentence, for pairs."""
+    """The same of the second text, for pairs."""
     label_field: str = Field("label", min_length=1)
     num_labels: int = Field(0, ge=0)
     """Number of classes; 0 takes it from the data, which every node must then see alike."""
     label_names: str = ""
     """Names of the classes in order, separated by commas; needed where each node has its own file with named labels."""
+    unlabelled: Literal["refuse", "drop"] = "refuse"
+    """Rows whose label is -1 or missing: an error, or left out; how many is logged."""
+    question_field: str = Field("question", min_length=1)
+    """Question answering: the question. Multiple answers: what is the same for the answers to one question only, such
+    as its number."""
+    context_field: str = Field("context", min_length=1)
+    """Question answering: the text that holds the answers."""
+    answers_field: str = Field("answers", min_length=1)
+    """Question answering: column with the lists `text` and `answer_start` (first characters in the context), empty
+    where a question has no answer. Models learn the first, and are scored by the one that fits best."""
+    max_answer_length: int = Field(30, ge=1)
+    """Question answering: tokens that an answer may have."""
+    stride: int = Field(16, ge=0)
+    """Question answering: tokens of the context that two windows of `max-length` share, so that answers of up to one
+    more are whole in one of them. A question is cut where it would leave the context less than twice as many."""
     max_length: int = Field(64, ge=4)
     """Tokens kept of a text; longer ones are cut, and how many were is logged."""
     partition: Literal["iid", "dirichlet", "natural"] = "natural"

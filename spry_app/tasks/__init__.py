@@ -7,10 +7,14 @@ from spry_app.errors import SpryError
 from spry_app.plugins import load_object
 from spry_app.tasks.classification import CLASSIFICATION
 from spry_app.tasks.encoded import IGNORED, Encoded
+from spry_app.tasks.multiple_answers import MULTIPLE_ANSWERS
+from spry_app.tasks.question_answering import QUESTION_ANSWERING
 from spry_app.tasks.task import LearningTask, Model, Sums
 
 TASKS: dict[str, LearningTask] = {
     "classification": CLASSIFICATION,
+    "multiple-answers": MULTIPLE_ANSWERS,
+    "question-answering": QUESTION_ANSWERING,
 }
 """data.task -> the task."""
 
