@@ -37,6 +37,7 @@ def some_rows(questions: int = 24) -> list[Row]:
             "question": f"w5 w{40 + question}",
             "answer": f"w{70 + answer}",
             "label": (question + answer) % 2,
+            "tags": ["made up"],
         }
         for question in range(questions)
         for answer in range(1 + question % 5)
@@ -116,6 +117,7 @@ def test_no_question_is_split_between_shards_or_held_out_in_part(tmp_path: Path,
         ({"text_pair_field": "{question} {anser}"}, r"data\.text-pair-field is .*anser.* Did you mean 'answer'\?"),
         ({"text_field": "{idx.answer}"}, r"data\.text-field 'idx\.answer' .* holds .*int64.*; it must hold text"),
         ({"label_field": "idx.paragraph", "num_labels": 0}, r"whose two classes are wrong and right.* has 8"),
+        ({"question_field": "tags"}, r"data\.question-field 'tags' of .* holds List.*; it must hold numbers or text"),
         ({"stride": 3}, r"data\.stride is 3, which data\.task 'multiple-answers' does not use"),
     ],
 )

@@ -13,6 +13,9 @@ import torch
 from datasets import Dataset
 from questions import CLS, PAIRS, SEP, some_questions, word_tokenizer
 from rows import write
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.pre_tokenizers import Whitespace
 from transformers import BertConfig, BertForQuestionAnswering, PreTrainedTokenizerFast
 
 from spry_app.config import DataConfig
@@ -20,6 +23,7 @@ from spry_app.data import load_corpus, load_shard
 from spry_app.errors import SpryError
 from spry_app.tasks import TASKS, Encoded
 from spry_app.tasks.question_answering import answers, best_spans, loss
+from spry_app.tasks.windows import shortened
 
 TASK = TASKS["question-answering"]
 Row = dict[str, Any]
@@ -283,13 +287,16 @@ def test_a_part_of_the_metrics_that_has_no_questions_is_left_out() -> None:
         ({}, {"answers": {"text": ["w1"], "answer_start": []}}, r"has 1 texts and 0 first characters in row 2"),
         ({}, {"answers": {"text": ["zz"], "answer_start": [0]}}, r"'zz' at character 0 .* there is 'w\d', in row 2"),
         ({}, {"answers": {"text": ["w2"], "answer_start": [-1]}}, r"'w2' at character -1"),
+        ({}, {"answers": {"text": [" "], "answer_start": [2]}}, r"has an answer without text .* in row 2"),
+        ({}, {"answers": {"text": [None], "answer_start": [2]}}, r"has a list with a gap in row 2"),
+        ({"answers_field": "flat"}, {}, r"'flat\.text' of lists as SQuAD has them, but in .* it holds Value"),
         ({}, {"context": None}, r"data\.context-field 'context' is missing in row 2"),
         ({}, {"question": None}, r"data\.question-field 'question' is missing in row 2"),
         ({"partition": "dirichlet"}, {}, r"data\.partition is 'dirichlet'.* set data\.partition to iid or natural"),
     ],
 )
 def test_rows_that_will_not_do_are_refused_by_name(tmp_path: Path, keys: Row, change: Row, message: str) -> None:
-    rows = some_questions(4)
+    rows = [row | {"flat": {"text": "w5", "answer_start": 0}} for row in some_questions(4)]
     rows[1] |= change
     config = {"task": "question-answering", "partition": "iid", "max_length": 24, "stride": 5, **keys}
     source = write(tmp_path / "rows.jsonl", rows)
@@ -306,3 +313,18 @@ def test_a_tokenizer_that_cannot_tell_where_its_tokens_lie_is_refused() -> None:
     slow = SimpleNamespace(is_fast=False, num_special_tokens_to_add=lambda pair: 3)
     with pytest.raises(SpryError, match=r"take a checkpoint that has a tokenizer\.json"):
         encoded(some_questions(2), slow)  # type: ignore[arg-type]
+
+
+def test_a_context_without_words_has_no_answer() -> None:
+    assert answer_of(asked("", "w5"), Fixed()) == ""
+
+
+def test_a_text_is_shortened_to_so_many_tokens_of_its_words() -> None:
+    """A tokenizer of parts of words: ab, cd, x."""
+    pairs = Tokenizer(WordPiece({"[UNK]": 0, "ab": 1, "##cd": 2, "##x": 3}, unk_token="[UNK]"))
+    pairs.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pairs, unk_token="[UNK]")
+    questions = ["abcd", "abcdx", "abcdxcd", "ab ab ab", ""]
+    found = shortened(questions, tokenizer, 2)
+    assert found == ["abcd", "abcd", "abcd", "ab ab ", ""]
+    assert all(len(tokenizer(text, add_special_tokens=False)["input_ids"]) <= 2 for text in found)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import pyarrow as pa
 import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -27,6 +28,11 @@ def _columns(raw: Dataset, config: DataConfig, names: Names, where: str) -> dict
         )
     require(raw, {"data.question-field": config.question_field}, where)
     question = whole(raw, "data.question-field", config.question_field, where)
+    if pa.types.is_nested(question.type):
+        holds = raw.features[config.question_field]
+        raise SpryError(
+            f"data.question-field {config.question_field!r} of {where} holds {holds}; it must hold numbers or text."
+        )
     return {**CLASSIFICATION.columns(raw, config, names, where), "together": question}
 
 

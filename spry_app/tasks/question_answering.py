@@ -2,9 +2,10 @@
 is cut into windows is in windows.py, how strings are compared in squad.py. Never a model.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import pyarrow as pa
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -52,19 +53,14 @@ class Said(NamedTuple):
 
 def _columns(raw: Dataset, config: DataConfig, _names: Names, where: str) -> dict[str, Any]:
     """question, context, answers and answer_start, lists that are empty where a question has no answer."""
-    wanted = {"data.question-field": config.question_field, "data.context-field": config.context_field}
-    require(raw, wanted, where)
+    question, context = config.question_field, config.context_field
+    require(raw, {"data.question-field": question, "data.context-field": context}, where)
     columns = {
-        name: text(raw, f"data.{name}-field", wanted[f"data.{name}-field"], where) for name in ("question", "context")
+        "question": text(raw, "data.question-field", question, where),
+        "context": text(raw, "data.context-field", context, where),
+        "answers": _lists(raw, config, "text", pa.types.is_string, where),
+        "answer_start": _lists(raw, config, "answer_start", pa.types.is_integer, where),
     }
-    for name, inner in {"answers": "text", "answer_start": "answer_start"}.items():
-        field = f"{config.answers_field}.{inner}"
-        if field not in raw.column_names:
-            raise SpryError(
-                f"data.answers-field is {config.answers_field!r}, so that there must be a column {field!r} (a list, "
-                f"empty where a question has no answer), but {where} has {missing_field(field, raw.column_names)}"
-            )
-        columns[name] = whole(raw, "data.answers-field", field, where)
     rows = zip(*(column.to_pylist() for column in columns.values()), strict=True)
     for number, row in enumerate(rows, start=1):
         problem = _problem(*row)
@@ -73,15 +69,34 @@ def _columns(raw: Dataset, config: DataConfig, _names: Names, where: str) -> dic
     return columns
 
 
+def _lists(
+    raw: Dataset, config: DataConfig, name: str, holds: Callable[[pa.DataType], bool], where: str
+) -> pa.ChunkedArray:
+    """The lists of this name in the column of answers."""
+    field = f"{config.answers_field}.{name}"
+    wanted = f"data.answers-field is {config.answers_field!r}, so that there must be a column {field!r} of lists"
+    if field not in raw.column_names:
+        raise SpryError(f"{wanted}, but {where} has {missing_field(field, raw.column_names)}")
+    column = whole(raw, "data.answers-field", field, where)
+    inner = column.type.value_type if pa.types.is_list(column.type) else None
+    if inner is None or not (holds(inner) or pa.types.is_null(inner)):
+        raise SpryError(f"{wanted} as SQuAD has them, but in {where} it holds {raw.features[field]}.")
+    return column
+
+
 def _problem(question: str, context: str, answers: list[str], starts: list[int]) -> str:
     """Why a row will not do; empty where it does."""
     if not question.strip():
         return "data.question-field is empty"
+    if None in answers or None in starts:
+        return "data.answers-field has a list with a gap"
     if len(answers) != len(starts):
         return f"data.answers-field has {len(answers)} texts and {len(starts)} first characters"
     for answer, start in zip(answers, starts, strict=True):
-        found = context[max(start, 0) : start + len(answer)]
-        if not answer.strip() or found != answer:
+        if not answer.strip():
+            return "data.answers-field has an answer without text (a question without one has empty lists)"
+        found = context[start : start + len(answer)] if start >= 0 else ""
+        if found != answer:
             return f"data.answers-field has {answer!r} at character {start} of the context, where there is {found!r},"
     return ""
 
@@ -93,7 +108,7 @@ def _encode(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: DataCo
     """
     most = room_for_question(tokenizer, config.max_length, config.stride)
     asked, contexts, answers = (dataset[name][:] for name in ("question", "context", "answers"))
-    questions = [shortened(question, tokenizer, most) for question in asked]
+    questions = shortened(asked, tokenizer, most)
     first = [(at[0], of[0]) if at else None for at, of in zip(dataset["answer_start"][:], answers, strict=True)]
     found = list(windows(questions, contexts, first, tokenizer, config.max_length, config.stride))
     held = {window.question for window in found if window.start != window.none}

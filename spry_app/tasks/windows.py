@@ -49,13 +49,18 @@ def room_for_question(tokenizer: PreTrainedTokenizerBase, max_length: int, strid
     return most
 
 
-def shortened(question: str, tokenizer: PreTrainedTokenizerBase, most: int) -> str:
-    """The beginning of `question` that is at most so many tokens long."""
-    while True:
-        tokens = tokenizer(question, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        if len(tokens["offset_mapping"]) <= most:
-            return question
-        question = question[: tokens["offset_mapping"][most][0]]
+def shortened(questions: Sequence[str], tokenizer: PreTrainedTokenizerBase, most: int) -> list[str]:
+    """Of each its beginning that is at most so many tokens long."""
+    found = list(questions)
+    long = list(range(len(found)))
+    while long:  # what is left of a text may have other tokens than it had there
+        some = [found[number] for number in long]
+        tokens = tokenizer(some, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        offsets = dict(zip(long, tokens["offset_mapping"], strict=True))
+        long = [number for number in long if len(offsets[number]) > most]
+        for number in long:
+            found[number] = found[number][: offsets[number][most][0]]
+    return found
 
 
 def windows(
