@@ -1,6 +1,7 @@
 """The papers' data sets and hyper-parameters by name: against what the papers say, and against slices of the data."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def test_every_data_set_of_the_papers_has_its_preset() -> None:
 def test_sprys_numbers_are_those_of_its_published_runs(name: str) -> None:
     """arXiv:2405.15551: LoRA of rank 1 with alpha 1 and dropout 0.1 on query and value; one direction; batches of 8; 64
     tokens, of SQuAD 384; AdamW with 1e-4 on clients, Yogi with 1e-2, betas 0.9 and 0.99 and tau 1e-3 on the server; 10
-    clients of up to 1000 a round; Dirichlet 1.0 where there are labels to be dealt out by.
+    clients of up to 1000 a round; Dirichlet 1.0.
     """
     config = config_of(f"spry/{name}")
     method, adapter, client, server = get_method(config), config.adapter, config.client, config.server
@@ -55,8 +56,7 @@ def test_sprys_numbers_are_those_of_its_published_runs(name: str) -> None:
     assert (server.learning_rate, server.beta1, server.beta2, server.tau) == (1e-2, 0.9, 0.99, 1e-3)
     assert server.min_train_nodes == server.fraction_train * 1000 == 10
     assert config.data.max_length == (384 if name == "squad_v2" else 64)
-    natural = name in ("multirc", "squad_v2")
-    assert (config.data.partition, config.data.alpha) == ("natural" if natural else "dirichlet", 1.0)
+    assert (config.data.partition, config.data.alpha) == ("dirichlet", 1.0)
 
 
 @pytest.mark.parametrize("name", FEDSPZO)
@@ -137,14 +137,18 @@ def test_the_labelled_tokens_of_squad_are_its_answers(shared_data: Path, tokeniz
     assert all(other in one for one, other in zip(said, wanted, strict=True))
 
 
-@pytest.mark.parametrize(("name", "field"), [("squad_v2", "title"), ("multirc", "idx")])
-def test_an_article_or_a_passage_stays_with_one_client(shared_data: Path, name: str, field: str) -> None:
-    config = local(shared_data / name, f"spry/{name}")
-    raw = rows_of(shared_data / name, "train")
-    values = {str(row[field]["paragraph"] if name == "multirc" else row[field]) for row in raw}
-    shards = [load_shard(config.data, 0, index, 5) for index in range(5)]
-    groups = [{str(value) for part in (shard.train, shard.heldout) for value in part["group"][:]} for shard in shards]
-    assert sum(map(len, groups)) == len(set().union(*groups)) == len(values)
+def test_squad_is_dealt_out_by_article_and_multirc_by_label_with_its_questions_whole(shared_data: Path) -> None:
+    """Each of five clients has its own mixture of articles, and no question of MultiRC is at two of them."""
+    squad = local(shared_data / "squad_v2", "spry/squad_v2").data
+    mixtures = [Counter(load_shard(squad, 0, index, 5).train["label"][:]) for index in range(5)]
+    assert len(set().union(*mixtures)) == len({row["title"] for row in rows_of(shared_data / "squad_v2", "train")})
+    assert len({max(mixture, key=mixture.__getitem__) for mixture in mixtures}) > 1
+    multirc = local(shared_data / "multirc", "spry/multirc").data
+    questions = [
+        set(part["together"][:]) for index in range(5) for part in vars(load_shard(multirc, 0, index, 5)).values()
+    ]
+    wanted = {row["idx"]["question"] for row in rows_of(shared_data / "multirc", "train")}
+    assert sum(map(len, questions)) == len(set().union(*questions)) == len(wanted)
 
 
 @pytest.mark.network

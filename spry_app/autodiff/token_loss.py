@@ -32,6 +32,22 @@ def token_loss(hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor
     return total / (wanted != IGNORED).sum().clamp(min=1)
 
 
+@torch.no_grad()
+def token_scores(
+    hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, vocabulary: int
+) -> tuple[Tensor, Tensor]:
+    """The loss of each token, 0 where it does not count, and whether it counts and has the largest logit; see
+    `token_loss`. Shapes: those of `targets`.
+    """
+    rows, wanted, size = hidden.flatten(0, -2), targets.flatten(), _tokens_at_once(vocabulary)
+    losses, hits = [], []
+    for some, their in zip(torch.split(rows, size), torch.split(wanted, size), strict=True):
+        logits = wide(head(some))
+        losses.append(F.cross_entropy(logits, their, ignore_index=IGNORED, reduction="none"))
+        hits.append(logits.argmax(-1) == their)
+    return torch.cat(losses).view_as(targets), torch.cat(hits).view_as(targets)
+
+
 def _summed(rows: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor) -> Tensor:
     return F.cross_entropy(wide(head(rows)), targets, ignore_index=IGNORED, reduction="sum")
 

@@ -1,6 +1,7 @@
 """What a node holds for as long as its process lives: the model, its rows, encoded. Training is elsewhere."""
 
 import functools
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from spry_app.objectives import score
 from spry_app.prefix import PrefixCache, frozen
 from spry_app.protocol import Score
 from spry_app.tasks import Encoded, LearningTask, get_task
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,9 @@ def _load_node(
         task.encode(rows, adapted.tokenizer, config.data, trained)
         for rows, trained in ((shard.train, True), (shard.heldout, False))
     )
+    for rows, use in ((train, "train on"), (heldout, "hold back")):
+        if rows.lost():
+            logger.warning("Rows to %s: %s", use, rows.lost())
     return Node(adapted, train, heldout, start, index, memory_mib)
 
 

@@ -42,7 +42,7 @@ DATA_SETS: dict[str, dict[str, int | str]] = {
         "data.test": "test",
         "data.num-labels": 2,  # the Hub calls them 1 and 2
     },
-    # One row an answer; those to a question are scored together, and a passage's stay with one client (our reading).
+    # A row is an answer; those to one question stay together wherever they are dealt.
     "multirc": {
         "data.task": "multiple-answers",
         "data.source": "aps/super_glue",
@@ -52,18 +52,15 @@ DATA_SETS: dict[str, dict[str, int | str]] = {
         "data.text-pair-field": "{question} {answer}",
         "data.question-field": "idx.question",
         "data.label-names": "False,True",
-        "data.partition": "natural",
-        "data.natural-field": "idx.paragraph",
     },
-    # The questions on an article stay with one client (our reading): they have no label to be dealt out by.
+    # What it is dealt out by, having no labels, is our reading: the article.
     "squad_v2": {
         "data.task": "question-answering",
         "data.source": "rajpurkar/squad_v2",
         "data.test": "validation",
         "data.max-length": 384,
         "data.stride": 128,
-        "data.partition": "natural",
-        "data.natural-field": "title",
+        "data.label-field": "title",
     },
     # FedSPZO, arXiv:2502.10239; which texts are put together how is our reading.
     "rte": {

@@ -99,8 +99,8 @@ class DataConfig(Section):
     task: str = Field("classification", min_length=1)
     """What is learned from the rows: "classification", of a text or a pair of texts; "multiple-answers", each right or
     wrong and scored by question, as in MultiRC; "question-answering", by a piece of a text or not at all, as in SQuAD
-    v2; or "package.module:object" for a LearningTask of your own (spry_app/tasks/task.py). Keys that a task does not
-    use must stay at their defaults."""
+    v2; "causal-lm", to go on with a text or to answer (instruction tuning); or "package.module:object" for a
+    LearningTask of your own (spry_app/tasks/task.py). Keys that a task does not use must stay at their defaults."""
     source: str = Field("household", min_length=1)
     """"household" (embedded), a local .jsonl/.csv/.parquet file, or a Hub name."""
     config: str = ""
@@ -109,11 +109,12 @@ class DataConfig(Section):
     test: str = ""
     """Central test set: a local file, or a split of the source; empty for the embedded set's own, else "test"."""
     text_field: str = Field("text", min_length=1)
-    """Column of the text, or a template with columns in braces: "{word}: {sentence1}". A column within another is named
-    by its path: "idx.question"."""
+    """Column of the text to classify, or of plain text for "causal-lm". Of the former also a template with columns in
+    braces, "{word}: {sentence1}". A column within another is named by its path: "idx.question"."""
     text_pair_field: str = ""
     """The same of the second text, for pairs."""
     label_field: str = Field("label", min_length=1)
+    """Of "classification"; otherwise what a Dirichlet partition deals rows out by."""
     num_labels: int = Field(0, ge=0)
     """Number of classes; 0 takes it from the data, which every node must then see alike."""
     label_names: str = ""
@@ -121,20 +122,31 @@ class DataConfig(Section):
     unlabelled: Literal["refuse", "drop"] = "refuse"
     """Rows whose label is -1 or missing: an error, or left out; how many is logged."""
     question_field: str = Field("question", min_length=1)
-    """Question answering: the question. Multiple answers: what is the same for the answers to one question only, such
-    as its number."""
+    """"question-answering": the question. "multiple-answers": what only the answers to one question share, such as its
+    number."""
     context_field: str = Field("context", min_length=1)
-    """Question answering: the text that holds the answers."""
-    answers_field: str = Field("answers", min_length=1)
-    """Question answering: column with the lists `text` and `answer_start` (first characters in the context), empty
-    where a question has no answer. Models learn the first, and are scored by the one that fits best."""
+    """"question-answering": the text that holds the answers."""
     max_answer_length: int = Field(30, ge=1)
-    """Question answering: tokens that an answer may have."""
+    """"question-answering": tokens that an answer may have."""
     stride: int = Field(16, ge=0)
-    """Question answering: tokens of the context that two windows of `max-length` share, so that answers of up to one
-    more are whole in one of them. A question is cut where it would leave the context less than twice as many."""
+    """"question-answering": a long context is split into windows of `max-length` tokens, question included, of which
+    two share so many of the context: an answer of one more is whole in one of them. A question is cut where it would
+    leave the context less than twice as many."""
+    prompt_field: str = ""
+    """"causal-lm": what is said to the model. With `answer-field`, which it is to say; or empty, and the columns are
+    called prompt and completion, or messages, or else `text-field` is plain text."""
+    answer_field: str = ""
+    """"causal-lm": what the model is to answer to `prompt-field`. Only this counts in the loss. "question-answering":
+    column with the lists `text` and `answer_start` (first characters in the context), both empty where a question has
+    no answer; models learn the first, and are scored by the one that fits best. Empty for "answers"."""
+    messages_field: str = ""
+    """"causal-lm": a list of {"role", "content"}, written by the tokenizer's chat template. Only what the role
+    "assistant" says counts in the loss."""
+    packing: bool = False
+    """"causal-lm": rows to train on that are shorter than `max-length` share it, none of them seeing another."""
     max_length: int = Field(64, ge=4)
-    """Tokens kept of a text; longer ones are cut, and how many were is logged."""
+    """Tokens kept of a text. What becomes of longer ones, the task says: they are cut, or (plain text of "causal-lm")
+    split, and how many is logged."""
     partition: Literal["iid", "dirichlet", "natural"] = "natural"
     alpha: float = Field(1.0, gt=0)
     """Concentration of the Dirichlet partition over labels; smaller is less alike."""

@@ -1,31 +1,33 @@
 """A loaded model with its adapter: read, replace and save what is trained. Losses and gradients live elsewhere."""
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from spry_app.autodiff.token_loss import IGNORED, token_loss
+from spry_app.autodiff.token_loss import IGNORED, token_loss, token_scores
 from spry_app.autodiff.transfer import onto
 from spry_app.config import AdapterConfig, ModelConfig
 from spry_app.models.adapter import attach
 from spry_app.models.blocks import Entering, depth_of, install, run_until, starting_from
+from spry_app.models.bound import Bound
 from spry_app.models.checkpoint import find_device, load_checkpoint
 from spry_app.models.fingerprint import fingerprint, with_fixed
 from spry_app.models.randomness import seeded
 from spry_app.models.sources import public_name
 from spry_app.models.subspace import Fixed, Subspace, install_subspace
 from spry_app.models.units import HEAD, Units, group
+from spry_app.models.vocabulary import before_output_layer, logits_of
 from spry_app.tasks import TASKS, LearningTask
 
 Tensors = dict[str, Tensor]
@@ -86,52 +88,49 @@ class AdaptedModel:
     ) -> Tensor:
         """Of a causal language model: mean over the labels (batch, length) but the first, -100 left out; see `logits`.
 
-        Logits exist for a few tokens at a time (token_loss). Raises NotImplementedError for a model that changes its
-        logits after its head.
+        Logits exist for a few tokens at a time (token_loss).
         """
-        settings = self.model.config
-        changes = [key for key in _LOGIT_CHANGES if getattr(settings, key, None) not in (None, 1, 1.0)]
-        if changes:
-            raise NotImplementedError(f"a {settings.model_type} model changes its logits by {', '.join(changes)}")
         placed = self._placed(params)
+        return token_loss(*self._predicting(placed, inputs, labels, dropout, entering))
+
+    def next_token_scores(
+        self, inputs: Mapping[str, Tensor], labels: Tensor, entering: Entering | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of each token, and whether it is the likeliest, at the place of the token before it; see
+        `next_token_loss` and token_scores.
+        """
+        return token_scores(*self._predicting({}, inputs, labels, None, entering))
+
+    def _predicting(
+        self,
+        placed: Tensors,
+        inputs: Mapping[str, Tensor],
+        labels: Tensor,
+        dropout: int | None,
+        entering: Entering | None,
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor], Tensor, int]:
+        """Hidden states, the head, what each token is to predict, the size of the vocabulary."""
         hidden = self._features(placed, inputs, dropout, entering)
         following = F.pad(labels[:, 1:], (0, 1), value=IGNORED)  # cheaper than hidden states cut short, and so copied
-        return token_loss(
-            hidden, functools.partial(self._head_of, placed), onto(following, self.device), settings.vocab_size
-        )
+        head = functools.partial(logits_of, self.model, placed)
+        return hidden, head, onto(following, self.device), self.model.config.vocab_size
 
     def features(
         self, params: Mapping[str, Tensor], inputs: Mapping[str, Tensor], entering: Entering | None = None
     ) -> Tensor:
-        """What the output layer over the vocabulary is given, where the model has one, fp32; else its logits."""
+        """What comes to the output layer over the vocabulary, where the model has one, fp32; else its logits."""
         return self._features(self._placed(params), inputs, None, entering).float()
 
     def bound(
         self, params: Mapping[str, Tensor], dropout: int | None = None, entering: Entering | None = None
-    ) -> "Bound":
+    ) -> Bound:
         """The model as a task sees it."""
         return Bound(self, params, dropout, entering)
 
     def _features(
         self, placed: Tensors, inputs: Mapping[str, Tensor], dropout: int | None, entering: Entering | None
     ) -> Tensor:
-        with _passing_through(self._vocabulary_head):
-            return self._output(placed, inputs, dropout, entering)
-
-    @property
-    def _vocabulary_head(self) -> nn.Module | None:
-        base = cast(PreTrainedModel, self.model.get_base_model())
-        head: nn.Module | None = base.get_output_embeddings()  # type: ignore[no-untyped-call]
-        return head
-
-    def _head_of(self, placed: Tensors, rows: Tensor) -> Tensor:
-        """Logits of these rows of `features`."""
-        head = self._vocabulary_head
-        assert head is not None
-        name = next(name for name, part in self.model.named_modules() if part is head)
-        own = {key.removeprefix(f"{name}."): value for key, value in placed.items() if key.startswith(f"{name}.")}
-        logits: Tensor = functional_call(head, own, (rows,))
-        return logits
+        return before_output_layer(self.model, lambda: self._output(placed, inputs, dropout, entering))
 
     def _placed(self, params: Mapping[str, Tensor]) -> Tensors:
         own = {name: self.model.get_parameter(name) for name in params}
@@ -190,7 +189,16 @@ class AdaptedModel:
         return min(depth_of(moved, self.blocks) for moved in self._moved(name))
 
     def _batch(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: onto(tensor, self.device) for name, tensor in inputs.items() if name != "labels"}
+        return {name: self._fit(onto(tensor, self.device)) for name, tensor in inputs.items() if name != "labels"}
+
+    def _fit(self, tensor: Tensor) -> Tensor:
+        """Which token sees which, (rows, 1, tokens, tokens), as what every kind of attention adds to its scores."""
+        if tensor.dtype != torch.bool or tensor.dim() < 4:
+            return tensor
+        dtype = self.model.dtype
+        return torch.zeros(tensor.shape, dtype=dtype, device=tensor.device).masked_fill_(
+            ~tensor, torch.finfo(dtype).min
+        )
 
     @contextmanager
     def _dropout(self, seed: int | None) -> Iterator[None]:
@@ -206,39 +214,6 @@ class AdaptedModel:
         finally:
             for layer in layers:
                 layer.eval()
-
-
-@dataclass(frozen=True)
-class Bound:
-    """A model at some of its tensors, dropout masks and a place to begin (tasks.Model)."""
-
-    adapted: AdaptedModel
-    params: Mapping[str, Tensor]
-    dropout: int | None
-    entering: Entering | None
-
-    def logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        return self.adapted.logits(self.params, inputs, self.dropout, self.entering)
-
-    def next_token_loss(self, inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
-        return self.adapted.next_token_loss(self.params, inputs, labels, self.dropout, self.entering)
-
-
-_LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-"""What configurations call a change of the logits after the head."""
-
-
-@contextmanager
-def _passing_through(head: nn.Module | None) -> Iterator[None]:
-    """Inside it, `head` returns what it is given."""
-    if head is None:
-        yield
-        return
-    head.forward = lambda hidden: hidden
-    try:
-        yield
-    finally:
-        del head.forward  # the instance's; that of its class is back
 
 
 def load_model(

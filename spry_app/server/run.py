@@ -6,10 +6,12 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from logging import WARNING
 from pathlib import Path
 from typing import Any, cast
 
 from flwr.app import ArrayRecord, Context, MetricRecord
+from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from safetensors import SafetensorError
@@ -163,8 +165,13 @@ def _strategy_class(path: str) -> Callable[..., Strategy]:
 
 
 def _test_rows(config: RunConfig, adapted: AdaptedModel) -> Encoded | None:
-    test, encode = load_corpus(config.data).test, get_task(config.data).encode
-    return None if test is None else encode(test, adapted.tokenizer, config.data, False)
+    test = load_corpus(config.data).test
+    if test is None:
+        return None
+    rows = get_task(config.data).encode(test, adapted.tokenizer, config.data, False)
+    if rows.lost():
+        log(WARNING, "Rows of the test set: %s", rows.lost())
+    return rows
 
 
 def _score(adapted: AdaptedModel, rows: Encoded, bottom: PrefixCache | None, arrays: ArrayRecord) -> Score:

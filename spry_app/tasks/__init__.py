@@ -5,6 +5,7 @@ import difflib
 from spry_app.config import DataConfig, kebab
 from spry_app.errors import SpryError
 from spry_app.plugins import load_object
+from spry_app.tasks.causal_lm import CAUSAL_LM
 from spry_app.tasks.classification import CLASSIFICATION
 from spry_app.tasks.encoded import IGNORED, Encoded
 from spry_app.tasks.multiple_answers import MULTIPLE_ANSWERS
@@ -13,6 +14,7 @@ from spry_app.tasks.task import LearningTask, Model, Sums
 
 TASKS: dict[str, LearningTask] = {
     "classification": CLASSIFICATION,
+    "causal-lm": CAUSAL_LM,
     "multiple-answers": MULTIPLE_ANSWERS,
     "question-answering": QUESTION_ANSWERING,
 }

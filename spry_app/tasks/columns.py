@@ -8,6 +8,7 @@ from itertools import chain
 import pyarrow as pa
 from datasets import Dataset
 
+from spry_app.config import DataConfig
 from spry_app.errors import SpryError
 
 _PLACE = re.compile(r"\{([^{}]+)\}")
@@ -51,3 +52,14 @@ def whole(raw: Dataset, key: str, field: str, where: str) -> pa.ChunkedArray:
         row = column.is_null().to_pylist().index(True) + 1
         raise SpryError(f"{key} {field!r} is missing in row {row} of {where} ({column.null_count} in all).")
     return column
+
+
+def dealt_by(raw: Dataset, config: DataConfig) -> dict[str, list[int]]:
+    """The column label, by which a Dirichlet partition deals out rows that have no classes: a number for each value of
+    `data.label-field`, if there is such a column.
+    """
+    if config.partition != "dirichlet" or config.label_field not in raw.column_names:
+        return {}
+    values = [str(value) for value in raw[config.label_field]]
+    numbers = {value: number for number, value in enumerate(sorted(set(values)))}
+    return {"label": [numbers[value] for value in values]}

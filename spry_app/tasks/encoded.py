@@ -43,6 +43,15 @@ class Encoded:
         """Tokens of a row."""
         return len(self.features["input_ids"][row])
 
+    def lost(self) -> str:
+        """What became of rows that were too long, as a sentence; empty if none was."""
+        if not (self.cut or self.dropped):
+            return ""
+        return (
+            f"{self.cut} rows are longer than data.max-length and were cut or split, {self.dropped} have nothing left "
+            f"to learn and were dropped; {len(self)} are left."
+        )
+
     def by_length(self, indices: Iterable[int]) -> list[int]:
         """The rows from the shortest to the longest: batches in this order hold little padding."""
         return sorted(indices, key=self.length)

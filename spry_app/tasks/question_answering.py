@@ -16,7 +16,7 @@ from spry_app.autodiff.transfer import onto
 from spry_app.config import DataConfig
 from spry_app.errors import SpryError
 from spry_app.tasks import squad
-from spry_app.tasks.columns import missing_field, require, text, whole
+from spry_app.tasks.columns import dealt_by, missing_field, require, text, whole
 from spry_app.tasks.encoded import IGNORED, Encoded
 from spry_app.tasks.task import LearningTask, Model, Names, Sums
 from spry_app.tasks.windows import Offsets, room_for_question, shortened, windows
@@ -52,7 +52,9 @@ class Said(NamedTuple):
 
 
 def _columns(raw: Dataset, config: DataConfig, _names: Names, where: str) -> dict[str, Any]:
-    """question, context, answers and answer_start, lists that are empty where a question has no answer."""
+    """question, context; answers and answer_start, lists that are empty where a question has none; label where rows are
+    to be dealt out by it.
+    """
     question, context = config.question_field, config.context_field
     require(raw, {"data.question-field": question, "data.context-field": context}, where)
     columns = {
@@ -66,18 +68,18 @@ def _columns(raw: Dataset, config: DataConfig, _names: Names, where: str) -> dic
         problem = _problem(*row)
         if problem:
             raise SpryError(f"{problem} in row {number} of {where}.")
-    return columns
+    return columns | dealt_by(raw, config)
 
 
 def _lists(
     raw: Dataset, config: DataConfig, name: str, holds: Callable[[pa.DataType], bool], where: str
 ) -> pa.ChunkedArray:
     """The lists of this name in the column of answers."""
-    field = f"{config.answers_field}.{name}"
-    wanted = f"data.answers-field is {config.answers_field!r}, so that there must be a column {field!r} of lists"
+    field = f"{config.answer_field or 'answers'}.{name}"
+    wanted = f"data.answer-field is {config.answer_field!r}, so that there must be a column {field!r} of lists"
     if field not in raw.column_names:
         raise SpryError(f"{wanted}, but {where} has {missing_field(field, raw.column_names)}")
-    column = whole(raw, "data.answers-field", field, where)
+    column = whole(raw, "data.answer-field", field, where)
     inner = column.type.value_type if pa.types.is_list(column.type) else None
     if inner is None or not (holds(inner) or pa.types.is_null(inner)):
         raise SpryError(f"{wanted} as SQuAD has them, but in {where} it holds {raw.features[field]}.")
@@ -89,15 +91,15 @@ def _problem(question: str, context: str, answers: list[str], starts: list[int])
     if not question.strip():
         return "data.question-field is empty"
     if None in answers or None in starts:
-        return "data.answers-field has a list with a gap"
+        return "data.answer-field has a list with a gap"
     if len(answers) != len(starts):
-        return f"data.answers-field has {len(answers)} texts and {len(starts)} first characters"
+        return f"data.answer-field has {len(answers)} texts and {len(starts)} first characters"
     for answer, start in zip(answers, starts, strict=True):
         if not answer.strip():
-            return "data.answers-field has an answer without text (a question without one has empty lists)"
+            return "data.answer-field has an answer without text (a question without one has empty lists)"
         found = context[start : start + len(answer)] if start >= 0 else ""
         if found != answer:
-            return f"data.answers-field has {answer!r} at character {start} of the context, where there is {found!r},"
+            return f"data.answer-field has {answer!r} at character {start} of the context, where there is {found!r},"
     return ""
 
 
@@ -206,7 +208,7 @@ QUESTION_ANSWERING = LearningTask(
     noun="question-answering",
     auto_model=AutoModelForQuestionAnswering,
     peft_type="QUESTION_ANS",
-    keys=frozenset({"question-field", "context-field", "answers-field", "stride", "max-answer-length"}),
+    keys=frozenset({"question-field", "context-field", "answer-field", "label-field", "stride", "max-answer-length"}),
     columns=_columns,
     encode=_encode,
     loss=_loss,

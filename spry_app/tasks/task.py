@@ -31,6 +31,9 @@ class Model(Protocol):
     def next_token_loss(self, inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
         """Of a causal language model: mean over the labels (rows, tokens) but the first, -100 left out."""
 
+    def next_token_scores(self, inputs: Mapping[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, not yet summed: the loss of each token, and whether it is the likeliest; (rows, tokens) each."""
+
 
 def _no_names(_config: DataConfig) -> Names:
     return ()

