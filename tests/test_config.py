@@ -43,8 +43,9 @@ PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
         ({"client.memory-budget-mib": 0}, '"auto", or "" for no budget'),
         ({"client.memory-budget-mib": True}, "is True"),
         (
-            {"preset": "spry"},
-            "Run-config key 'preset' is 'spry': known are 'spry-paper', 'spry-core', and \"\" for none.",
+            {"preset": "spry/imdb"},
+            "Run-config key 'preset' is 'spry/imdb': known are 'spry-paper', 'fedspzo', 'spry-core', 'spry', each also "
+            'on a data set ("spry/sst2": ag_news, sst2, ',
         ),
         ({"preset": "spry-paper", "client.directions": 0}, "'client.directions' is 0"),
         ({"noise.target-cosine": 1.5}, "less than or equal to 1"),

@@ -123,6 +123,43 @@ def test_a_number_of_labels_leaves_room_for_classes_that_no_row_has(sentences: s
     assert load_corpus(local(sentences, num_labels=5)).label_names == ("0", "1", "2", "3", "4")
 
 
+@pytest.mark.parametrize("missing", [-1, None])
+def test_rows_without_a_label_are_left_out_where_the_config_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, missing: int | None
+) -> None:
+    rows = [{**row, "label": missing} if number % 5 == 2 else row for number, row in enumerate(ROWS[:20])]
+    source = write(tmp_path / "a.jsonl", rows)
+    keys: Row = {"partition": "natural", "num_labels": 3, "test": source}
+    corpus = load_corpus(local(source, unlabelled="drop", **keys))
+    kept = [row for row in rows if row["label"] in (0, 1, 2)]
+    assert corpus.train["text"][:] == [row["text"] for row in kept]
+    assert corpus.train["group"][:] == [row["user"] for row in kept]
+    assert corpus.test is not None and len(corpus.test) == 16
+    assert f"data.source '{source}': 4 of 20 rows have no label and are left out" in caplog.text
+    with pytest.raises(SpryError, match=rf"is {missing} in row 3 .* data\.unlabelled for rows without"):
+        load_corpus(local(source, **keys))
+    own = load_shard(local("/nowhere.jsonl", unlabelled="drop", **keys), 0, 0, 1, source)
+    assert len(own.train) + len(own.heldout) == 16
+
+
+def test_a_source_in_which_no_row_has_a_label_is_refused(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", [{"text": "x", "label": -1}] * 3)
+    with pytest.raises(SpryError, match="has no rows"):
+        load_corpus(local(source, unlabelled="drop", num_labels=2))
+
+
+def test_a_text_may_be_put_together_from_several_columns(tmp_path: Path) -> None:
+    rows = [{"word": "a {b}", "more": {"said": f"s{label}", "left": 1}, "label": label} for label in (0, 1)]
+    source = write(tmp_path / "a.jsonl", rows)
+    corpus = load_corpus(local(source, text_field="<{word}>: {more.said}", text_pair_field="more.said"))
+    assert corpus.train["text"][:] == ["<a {b}>: s0", "<a {b}>: s1"]
+    assert corpus.train["text_pair"][:] == ["s0", "s1"]
+    with pytest.raises(SpryError, match=r"data\.text-field is '\{wrd\}'.* Did you mean 'word'\?"):
+        load_corpus(local(source, text_field="{wrd}"))
+    with pytest.raises(SpryError, match=r"data\.text-field 'more\.left' .* must hold text"):
+        load_corpus(local(source, text_field="{word} {more.left}"))
+
+
 # A node's own file
 
 

@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping
 
+from spry_app.config.data_sets import DATA_SETS
+
 Scalar = int | float | bool | str
 
-PRESETS: dict[str, dict[str, Scalar]] = {
+METHODS: dict[str, dict[str, Scalar]] = {
     # What the published runs used (SPRY, arXiv:2405.15551): 10 clients a round of 100 to 1000, up to 1500 rounds. What
     # the row of the method says already is left to it, so that another method can be set beside.
     "spry-paper": {
@@ -38,6 +40,13 @@ PRESETS: dict[str, dict[str, Scalar]] = {
         "server.min-train-nodes": 10,
         "server.min-available-nodes": 10,
     },
+    # FedSPZO, arXiv:2502.10239v2: everything perturbed, the head too.
+    "fedspzo": {
+        "method": "fedspzo",
+        "head-gradient": "forward",
+        "data.max-length": 256,
+        "client.batch-size": 8,
+    },
     # Few numbers between the first singular vectors of every matrix (arXiv:2405.17604), measured by all clients along
     # orthogonal directions. Steps are chosen for the embedded data set.
     "spry-core": {
@@ -55,7 +64,20 @@ PRESETS: dict[str, dict[str, Scalar]] = {
         "server.learning-rate": 0.072,
     },
 }
-"""Name -> run-config keys. Keys that happen to be defaults are written down too, as defaults may change."""
+"""Name -> run-config keys. Keys that happen to be defaults are written down too, as defaults may change. None names a
+model: a default, as "minilm" is, could then not be chosen beside it.
+"""
+METHODS["spry"] = METHODS["spry-paper"]
+
+_TOGETHER: dict[str, dict[str, Scalar]] = {"fedspzo/sst2": {"data.max-length": 32}}
+"""What goes with a method on one data set only."""
+
+PRESETS: dict[str, dict[str, Scalar]] = METHODS | {
+    f"{method}/{data}": {"data.partition": "iid"} | keys | DATA_SETS[data] | _TOGETHER.get(f"{method}/{data}", {})
+    for method, keys in METHODS.items()
+    for data in DATA_SETS
+}
+"""How to train, or "how/data set": the same on that data set, which has no households to deal its rows out by."""
 
 
 def of_preset(flat: Mapping[str, object], defaults: Mapping[str, object]) -> dict[str, Scalar]:

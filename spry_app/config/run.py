@@ -12,7 +12,8 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from spry_app.config.presets import PRESETS, Scalar, of_preset
+from spry_app.config.data_sets import DATA_SETS
+from spry_app.config.presets import METHODS, PRESETS, Scalar, of_preset
 from spry_app.config.section import Count, Section, kebab
 from spry_app.config.sections import ADAPTER_KEYS, SUBSPACE_KEYS, WHOLE_ONLY, AdapterConfig, DataConfig, ModelConfig
 from spry_app.config.training import (
@@ -30,8 +31,9 @@ class RunConfig(Section):
     """One run. `RunConfig.from_flower` is the way in; `defaults()` is what pyproject.toml repeats."""
 
     preset: str = ""
-    """Settings that go together (presets.py): "spry-paper", those of the runs that were published; "spry-core", few
-    trained numbers and little noise. Keys that differ from their defaults win; a key that is set to its default is the
+    """Settings that go together (presets.py): "spry", those of the runs that were published (also "spry-paper");
+    "fedspzo", of that paper's; "spry-core", few trained numbers and little noise. Each also on a data set of the papers
+    (data_sets.py): "spry/sst2". Keys that differ from their defaults win; a key that is set to its default is the
     preset's, as Flower hands it over like one that is not set."""
     method: str = Field("spry-per-iteration", min_length=1)
     """Row of the method table, or "package.module:object" for a Method of your own."""
@@ -81,7 +83,8 @@ class RunConfig(Section):
     @classmethod
     def _preset_is_known(cls, preset: str) -> str:
         if preset and preset not in PRESETS:
-            raise ValueError(f'known are {", ".join(map(repr, PRESETS))}, and "" for none')
+            ways, data = ", ".join(map(repr, METHODS)), ", ".join(DATA_SETS)
+            raise ValueError(f'known are {ways}, each also on a data set ("spry/sst2": {data}), and "" for none')
         return preset
 
     @model_validator(mode="after")

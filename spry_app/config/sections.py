@@ -100,8 +100,9 @@ WHOLE_ONLY = frozenset({"rank_pattern", "dora"})
 
 class DataConfig(Section):
     task: str = Field("classification", min_length=1)
-    """What is learned from the rows: "classification", of a text or a pair of texts; "causal-lm", to go on with a text
-    or to answer (instruction tuning); or "package.module:object" for a
+    """What is learned from the rows: "classification", of a text or a pair of texts; "multiple-answers", each right or
+    wrong and scored by question, as in MultiRC; "question-answering", by a piece of a text or not at all, as in SQuAD
+    v2; "causal-lm", to go on with a text or to answer (instruction tuning); or "package.module:object" for a
     LearningTask of your own (spry_app/tasks/task.py). Keys that a task does not use must stay at their defaults."""
     source: str = Field("household", min_length=1)
     """"household" (embedded), a local .jsonl/.csv/.parquet file, or a Hub name."""
@@ -112,9 +113,10 @@ class DataConfig(Section):
     test: str = ""
     """Central test set: a local file, or a split of the source; empty for the embedded set's own, else "test"."""
     text_field: str = Field("text", min_length=1)
-    """Column of the text; of its first sentence, for pairs; plain text of "causal-lm"."""
+    """Column of the text; of its first sentence, for pairs; plain text of "causal-lm". To classify, also a template with
+    columns in braces, "{word}: {sentence1}". A column within another is named by its path: "idx.question"."""
     text_pair_field: str = ""
-    """Second sentence, for pairs."""
+    """The same of the second text, for pairs."""
     label_field: str = Field("label", min_length=1)
     """Column of the label: a whole number from 0 on, or a name. Where the task has none, what a Dirichlet partition
     deals rows out by."""
@@ -122,11 +124,26 @@ class DataConfig(Section):
     """Number of classes; 0 takes it from the data, which every node must then see alike."""
     label_names: str = ""
     """Names of the classes in order, separated by commas; needed where each node has its own file with named labels."""
+    unlabelled: Literal["refuse", "drop"] = "refuse"
+    """Rows whose label is -1 or missing: an error, or left out; how many is logged."""
+    question_field: str = Field("question", min_length=1)
+    """"question-answering": the question. "multiple-answers": what only the answers to one question share, such as its
+    number."""
+    context_field: str = Field("context", min_length=1)
+    """"question-answering": the text that holds the answers."""
+    max_answer_length: int = Field(30, ge=1)
+    """"question-answering": tokens that an answer may have."""
+    stride: int = Field(16, ge=0)
+    """"question-answering": a long context is split into windows of `max-length` tokens, question included, of which
+    two share so many of the context: an answer of one more is whole in one of them. A question is cut where it would
+    leave the context less than twice as many."""
     prompt_field: str = ""
     """"causal-lm": what is said to the model. With `answer-field`, which it is to say; or empty, and the columns are
     called prompt and completion, or messages, or else `text-field` is plain text."""
     answer_field: str = ""
-    """"causal-lm": what the model is to answer to `prompt-field`. Only this counts in the loss."""
+    """"causal-lm": what the model is to answer to `prompt-field`. Only this counts in the loss. "question-answering":
+    column with the lists `text` and `answer_start` (first characters in the context), both empty where a question has
+    no answer; models learn the first, and are scored by the one that fits best. Empty for "answers"."""
     messages_field: str = ""
     """"causal-lm": a list of {"role", "content"}, written by the tokenizer's chat template. Only what the role
     "assistant" says counts in the loss."""

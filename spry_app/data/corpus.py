@@ -3,6 +3,7 @@ here.
 """
 
 import functools
+import logging
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -14,11 +15,14 @@ from spry_app.data.sources import read_file, read_test, read_train
 from spry_app.errors import SpryError
 from spry_app.tasks import get_task
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Corpus:
-    """Rows with the columns of the task (of classification: text, text_pair, label) and group (natural partition only,
-    if it exists). label_names: of the classes, () where the task has none.
+    """Rows with the columns of the task (of classification: text, text_pair, label; "together", where rows with the
+    same value are never split), and group (natural partition only, if it exists). label_names: of the classes, () where
+    the task has none.
     """
 
     train: Dataset
@@ -29,11 +33,11 @@ class Corpus:
 @functools.lru_cache(maxsize=2)
 def load_corpus(config: DataConfig) -> Corpus:
     """Training and test rows of `data.source`, read once a process. Raises SpryError for anything unusable."""
-    task, raw, raw_test = get_task(config), read_train(config), read_test(config)
-    where = f"data.source {config.source!r}"
+    task, where = get_task(config), f"data.source {config.source!r}"
+    raw, raw_test = _labelled(read_train(config), config, where), read_test(config)
     names = task.classes(raw, config, where) if task.classes else ()
     where_test = f"the test set (data.test {config.test!r})"
-    test = None if raw_test is None else _rows(raw_test, config, names, where_test)
+    test = None if raw_test is None else _rows(_labelled(raw_test, config, where_test), config, names, where_test)
     return Corpus(_rows(raw, config, names, where), test, names)
 
 
@@ -48,7 +52,7 @@ def label_names(config: DataConfig) -> tuple[str, ...]:
 def load_file(config: DataConfig, path: str) -> Dataset:
     """A node's own rows. The classes come from what all nodes share, never from this file."""
     key = 'node-config key "data"'
-    raw = read_file(path, key)
+    raw = _labelled(read_file(path, key), config, f"{key} {path!r}")
     try:
         names = label_names(config)
     except SpryError as error:
@@ -57,6 +61,16 @@ def load_file(config: DataConfig, path: str) -> Dataset:
             f"data.label-names, or data.num-labels where labels are numbers. (Tried data.source: {error})"
         ) from error
     return _rows(raw, config, names, f"{key} {path!r}")
+
+
+def _labelled(raw: Dataset, config: DataConfig, where: str) -> Dataset:
+    """Without the rows that have no label, if `data.unlabelled` says so."""
+    if config.unlabelled == "refuse" or config.label_field not in raw.column_names:
+        return raw
+    known = [row for row, label in enumerate(raw[config.label_field][:]) if label is not None and label != -1]
+    if len(known) < len(raw):
+        _log.warning("%s: %d of %d rows have no label and are left out.", where, len(raw) - len(known), len(raw))
+    return raw.select(known)
 
 
 def _rows(raw: Dataset, config: DataConfig, names: tuple[str, ...], where: str) -> Dataset:

@@ -18,7 +18,7 @@ from spry_app.errors import SpryError
 from spry_app.tasks.columns import missing_field
 
 Rule = Callable[[Dataset, DataConfig, int, int], list[list[int]]]
-"""(shuffled columns row, label, [group]; config; seed; count) -> row numbers of every shard."""
+"""(shuffled columns row, label, [group], of rows that are dealt out; config; seed; count) -> those of every shard."""
 
 if TYPE_CHECKING:
     from flwr_datasets.partitioner import Partitioner
@@ -47,9 +47,11 @@ def load_shard(config: DataConfig, seed: int, index: int, count: int, file: str 
         rows = load_corpus(config).train.select(shards(config, seed, count)[index])
     else:
         raise SpryError(f"The node config has partition-id {index} of num-partitions {count}; ids count from 0.")
-    order = _generator(seed, 1 + max(index, 0)).permutation(len(rows))
-    held = min(max(round(config.holdout * len(rows)), config.holdout > 0), len(rows) - 1)
-    return Shard(train=rows.select(order[held:]), heldout=rows.select(order[:held]))
+    sets = list(_sets(rows).values())
+    order = _generator(seed, 1 + max(index, 0)).permutation(len(sets))
+    held = min(max(round(config.holdout * len(sets)), config.holdout > 0), len(sets) - 1)
+    parts = ([row for number in some for row in sets[number]] for some in (order[held:], order[:held]))
+    return Shard(*map(rows.select, parts))
 
 
 def label_counts(config: DataConfig, seed: int, count: int) -> tuple[tuple[str, ...], list[list[int]]] | None:
@@ -65,17 +67,31 @@ def label_counts(config: DataConfig, seed: int, count: int) -> tuple[tuple[str, 
 
 @functools.lru_cache(maxsize=4)
 def shards(config: DataConfig, seed: int, count: int) -> list[list[int]]:
-    """Row numbers of all shards of `data.source`: every row is in exactly one, and no shard is empty."""
+    """Row numbers of all shards of `data.source`: every row is in exactly one, and no shard is empty. Rows that belong
+    together are dealt out as the first of them.
+    """
     train = load_corpus(config).train
-    if count > len(train):
-        raise SpryError(f"{count} nodes cannot share the {len(train)} rows of data.source. {_FEWER} or more rows.")
+    sets = _sets(train)
+    if count > len(sets):
+        raise SpryError(f"{count} nodes cannot share the {len(sets)} rows of data.source. {_FEWER} or more rows.")
     columns = {name: train[name][:] for name in ("label", "group") if name in train.column_names}
-    rows = Dataset.from_dict({"row": range(len(train)), **columns}).select(_generator(seed, 0).permutation(len(train)))
+    all_rows = Dataset.from_dict({"row": range(len(train)), **columns})
+    rows = all_rows.select(list(sets)).select(_generator(seed, 0).permutation(len(sets)))
     found = PARTITIONS[config.partition](rows, config, seed, count)
     empty = sum(not shard for shard in found)
     if empty:
         raise SpryError(f"{empty} of {count} shards are empty. {_FEWER}, or a larger data.alpha ({config.alpha}).")
-    return found
+    return [[row for first in shard for row in sets[first]] for shard in found]
+
+
+def _sets(rows: Dataset) -> dict[int, list[int]]:
+    """First row -> all rows that belong together: that have its value of "together", or else itself alone."""
+    if "together" not in rows.column_names:
+        return {row: [row] for row in range(len(rows))}
+    sets: dict[str | int, list[int]] = defaultdict(list)
+    for row, value in enumerate(rows["together"][:]):
+        sets[value].append(row)
+    return {members[0]: members for members in sets.values()}
 
 
 def _iid(rows: Dataset, _config: DataConfig, _seed: int, count: int) -> list[list[int]]:

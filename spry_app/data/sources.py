@@ -49,7 +49,7 @@ EMBEDDED: dict[str, Callable[[], tuple[Dataset, Dataset]]] = {"household": _hous
 
 
 def read_train(config: DataConfig) -> Dataset:
-    """Rows of `data.source`, columns as they come."""
+    """Rows of `data.source`, columns as they come, those within others by their path ("answers.text")."""
     if config.source in EMBEDDED:
         return EMBEDDED[config.source]()[0]
     if _names_file(config.source):
@@ -58,7 +58,7 @@ def read_train(config: DataConfig) -> Dataset:
 
 
 def read_test(config: DataConfig) -> Dataset | None:
-    """Rows of the central test set, columns as they come; None where there is none."""
+    """Rows of the central test set, as `read_train` has them; None where there is none."""
     if _names_file(config.test):
         return read_file(config.test, "data.test")
     if config.source in EMBEDDED or _names_file(config.source):
@@ -88,7 +88,7 @@ def read_file(path: str, key: str) -> Dataset:
     found = require_file(path, key)
     ending = found.suffix.lower()
     try:
-        return _READERS[ending](str(found))
+        return _READERS[ending](str(found)).flatten()
     except _UNREADABLE as error:
         reason = "it has no rows" if "corresponds to no data" in str(error) else error.__cause__ or error
         raise SpryError(f"{key} is {path!r}, which cannot be read as {ending}: {reason}.") from error
@@ -100,7 +100,7 @@ def _names_file(name: str) -> bool:
 
 def _read_hub(config: DataConfig, split: str) -> Dataset:
     try:
-        return load_dataset(config.source, config.config or None, split=split)
+        return load_dataset(config.source, config.config or None, split=split).flatten()
     except _UNREADABLE as error:
         reason = str(error).rstrip(".")
         raise SpryError(
@@ -114,7 +114,7 @@ def _hub_test(config: DataConfig) -> Dataset | None:
     """The first split that is there and has labels: many a public test split hides them as -1."""
     for split in _HUB_TEST_SPLITS:
         try:
-            rows = load_dataset(config.source, config.config or None, split=split)
+            rows = load_dataset(config.source, config.config or None, split=split).flatten()
         except ValueError:
             continue
         if config.label_field not in rows.column_names or -1 not in rows.unique(config.label_field):

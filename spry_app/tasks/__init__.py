@@ -8,11 +8,15 @@ from spry_app.plugins import load_object
 from spry_app.tasks.causal_lm import CAUSAL_LM
 from spry_app.tasks.classification import CLASSIFICATION
 from spry_app.tasks.encoded import IGNORED, Encoded
+from spry_app.tasks.multiple_answers import MULTIPLE_ANSWERS
+from spry_app.tasks.question_answering import QUESTION_ANSWERING
 from spry_app.tasks.task import LearningTask, Model, Sums
 
 TASKS: dict[str, LearningTask] = {
     "classification": CLASSIFICATION,
     "causal-lm": CAUSAL_LM,
+    "multiple-answers": MULTIPLE_ANSWERS,
+    "question-answering": QUESTION_ANSWERING,
 }
 """data.task -> the task."""
 

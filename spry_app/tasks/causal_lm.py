@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from spry_app.config import DataConfig
 from spry_app.errors import SpryError
 from spry_app.tasks import dialogue
+from spry_app.tasks.columns import dealt_by
 from spry_app.tasks.conversation import examples, give_template
 from spry_app.tasks.encoded import IGNORED, Encoded
 from spry_app.tasks.packing import packed, refuse_what_cannot_be_packed
@@ -29,12 +30,7 @@ Example = tuple[list[int], list[bool]]
 
 def _columns(raw: Dataset, config: DataConfig, _names: Names, where: str) -> dict[str, Any]:
     """text or turns; label where rows are to be dealt out by it."""
-    columns = dialogue.columns(raw, config, where)
-    if config.partition == "dirichlet" and config.label_field in raw.column_names:
-        values = [str(value) for value in raw[config.label_field]]
-        numbers = {value: number for number, value in enumerate(sorted(set(values)))}
-        columns["label"] = [numbers[value] for value in values]
-    return columns
+    return dialogue.columns(raw, config, where) | dealt_by(raw, config)
 
 
 def _encode(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: DataConfig, training: bool) -> Encoded:

@@ -77,7 +77,7 @@ def ids(raw: Dataset, field: str, names: tuple[str, ...], where: str) -> pa.Arra
                 allowed = f"one of {_few(names)}, or {allowed}"
             raise SpryError(
                 f"data.label-field {field!r} is {labels[row]!r} in row {row + 1} of {where}; it must be {allowed} "
-                "(see data.num-labels and data.label-names)."
+                "(see data.num-labels and data.label-names; data.unlabelled for rows without a label)."
             )
     return pa.array([int(number) for number in found if number is not None], pa.int64())
 

@@ -23,6 +23,7 @@ class Encoded:
     targets: by name, of each row one number, or one a token. cut: how many rows were longer than the maximum length.
     dropped: how many had nothing left to learn from. terms: of how many terms each row's loss is the sum; empty for one
     each. kept: what the task's judge wants of each row beyond tensors, the model nothing.
+    together: number of the set in which each row is judged; empty where each is on its own.
     """
 
     features: dict[str, list[list[int]]]
@@ -33,6 +34,7 @@ class Encoded:
     dropped: int = 0
     terms: Sequence[int] = ()
     kept: Sequence[Any] = field(default=(), repr=False)
+    together: Sequence[int] = ()
 
     def __len__(self) -> int:
         return len(self.features.get("input_ids", ()))
@@ -59,10 +61,18 @@ class Encoded:
         return sum(self.terms[index] for index in indices) if self.terms else len(indices)
 
     def parts(self, size: int) -> Iterator[list[int]]:
-        """All rows, `size` at a time, as they are scored; rows that are judged together come together."""
-        order = self.by_length(range(len(self)))
-        for start in range(0, len(order), size):
-            yield order[start : start + size]
+        """All rows as they are scored: `size` at a time, or more where the last ones are judged together."""
+        sets = dict[int, list[int]]()
+        for row in self.by_length(range(len(self))):
+            sets.setdefault(self.together[row] if self.together else row, []).append(row)
+        part: list[int] = []
+        for number in sorted(sets, key=lambda number: self.length(sets[number][-1])):
+            part += sets[number]
+            if len(part) >= size:
+                yield part
+                part = []
+        if part:
+            yield part
 
     def inputs(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """Of these rows, (rows, longest of them), int64 on the CPU."""

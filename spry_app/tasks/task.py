@@ -5,6 +5,7 @@ scores rows and is not.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -68,8 +69,8 @@ class LearningTask:
     """Name -> the least and the most that one example adds to it: what a node says beyond that is refused. Names
     travel, so "loss" and the like are taken."""
     metrics: Mapping[str, Metric]
-    """Name -> what it is of the sums. There is one example at least; whatever else nodes may say within the bounds of
-    `sums` must give a number."""
+    """Name -> what it is of the sums, left out where it divides by zero. Whatever else nodes may say within the bounds
+    of `sums` must give a number."""
     main_metric: str
     """Of `metrics`, from 0 to 1, the larger the better: shown in progress, drawn, and what a run can be ended by."""
     loss_over: str = "examples"
@@ -84,5 +85,9 @@ class LearningTask:
     """(models.AdaptedModel, config), once the model is loaded: raises SpryError where it cannot learn the task."""
 
     def report(self, sums: Sums) -> dict[str, float]:
-        """Every metric of sums over one example or more."""
-        return {name: metric(sums) for name, metric in self.metrics.items()}
+        """Every metric of sums over one example or more, but those of nothing: what would be divided by zero."""
+        found: dict[str, float] = {}
+        for name, metric in self.metrics.items():
+            with suppress(ZeroDivisionError):
+                found[name] = metric(sums)
+        return found
