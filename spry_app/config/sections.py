@@ -113,8 +113,8 @@ class DataConfig(Section):
     test: str = ""
     """Central test set: a local file, or a split of the source; empty for the embedded set's own, else "test"."""
     text_field: str = Field("text", min_length=1)
-    """Column of the text; of its first sentence, for pairs; plain text of "causal-lm". To classify, also a template with
-    columns in braces, "{word}: {sentence1}". A column within another is named by its path: "idx.question"."""
+    """Column of the text; of its first sentence, for pairs; plain text of "causal-lm". To classify, also a template
+    with columns in braces, "{word}: {sentence1}". A column within another is named by its path: "idx.question"."""
     text_pair_field: str = ""
     """The same of the second text, for pairs."""
     label_field: str = Field("label", min_length=1)
