@@ -8,6 +8,7 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 from spry_app.models.adapted import AdaptedModel, load_base, load_model, save_adapter  # noqa: E402
 from spry_app.models.blocks import Entering, NoPrefixError  # noqa: E402
 from spry_app.models.fingerprint import difference  # noqa: E402
+from spry_app.models.given import start_from  # noqa: E402
 from spry_app.models.subspace import SENT, Fixed  # noqa: E402
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "load_base",
     "load_model",
     "save_adapter",
+    "start_from",
 ]

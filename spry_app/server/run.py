@@ -19,7 +19,7 @@ from spry_app.config import RunConfig
 from spry_app.data import label_names, load_corpus
 from spry_app.errors import SpryError
 from spry_app.methods import Layout, Method, get_method, load_object
-from spry_app.models import AdaptedModel, load_model
+from spry_app.models import AdaptedModel, load_model, start_from
 from spry_app.models.sources import public_name
 from spry_app.objectives import score
 from spry_app.prefix import PrefixCache, frozen
@@ -92,6 +92,8 @@ def federate(grid: Grid, config: RunConfig, folder: Path) -> Federated:
     strategy_class = _strategy_class(config.strategy)
     frame = load_frame(folder, config) if config.resume else None
     adapted = load_model(config.model, config.adapter, len(label_names(config.data)), config.seed, frame=frame)
+    if config.adapter.path and not checkpoint:
+        start_from(adapted, config.adapter)
     method = method.on(Layout(adapted.depths(), len(adapted.blocks)), config.client)
     test = _test_rows(config, adapted)
     recorder = Recorder(folder, config, checkpoint.progress.round if checkpoint else None)
