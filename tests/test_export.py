@@ -40,10 +40,10 @@ KINDS: dict[str, dict[str, Any]] = {
 NAMES = ["sad", "happy"]
 
 
-def _run(folder: Path, **adapter: Any) -> Path:
+def _run(folder: Path, method: str = "fedavg", **adapter: Any) -> Path:
     """A run of two rounds that learns something; its folder."""
     config: dict[str, Any] = {
-        "method": "fedavg",
+        "method": method,
         "model.name": str(make_checkpoint(folder / "tiny")),
         "data.source": str(make_rows(folder / "rows.jsonl", 48)),
         "data.test": str(make_rows(folder / "test.jsonl", 24, offset=500)),

@@ -58,6 +58,9 @@ class AdapterConfig(Section):
     vectors of the weights, which the server computes and sends to each node once."""
     virtual_tokens: Count = 8
     """"prompt", "p-tuning", "prefix": how many."""
+    path: str = ""
+    """Folder, on the server's machine, of an adapter to start from: Spry's or PEFT's own. The other keys must make the
+    same adapter; `spry run` sets them from it where they are left open."""
 
     @field_validator("rank_pattern")
     @classmethod
@@ -75,15 +78,15 @@ class AdapterConfig(Section):
 
 ADAPTER_KEYS: dict[str, frozenset[str]] = {
     "lora": frozenset({"rank", "rank_pattern", "alpha", "rslora", "dora", "dropout", "targets", "bias"})
-    | {"subspace", "coordinates", "frame"},
-    "vera": frozenset({"rank", "targets"}),
-    "ia3": frozenset({"targets"}),
-    "bitfit": frozenset(),
-    "layernorm": frozenset(),
-    "prompt": frozenset({"virtual_tokens"}),
+    | {"subspace", "coordinates", "frame", "path"},
+    "vera": frozenset({"rank", "targets", "path"}),
+    "ia3": frozenset({"targets", "path"}),
+    "bitfit": frozenset({"path"}),
+    "layernorm": frozenset({"path"}),
+    "prompt": frozenset({"virtual_tokens", "path"}),
     "p-tuning": frozenset({"virtual_tokens"}),
-    "prefix": frozenset({"virtual_tokens"}),
-    "none": frozenset(),
+    "prefix": frozenset({"virtual_tokens", "path"}),
+    "none": frozenset({"path"}),
 }
 """adapter.kind -> the other keys of `adapter` that it uses."""
 SUBSPACE_KEYS: dict[str, frozenset[str]] = {
@@ -94,7 +97,7 @@ SUBSPACE_KEYS: dict[str, frozenset[str]] = {
     "random": frozenset({"coordinates"}),
 }
 """adapter.subspace -> the keys of `adapter` that it uses and others do not."""
-WHOLE_ONLY = frozenset({"rank_pattern", "dora"})
+WHOLE_ONLY = frozenset({"rank_pattern", "dora", "path"})
 """Keys of `adapter` that are for adapter.subspace "none" alone."""
 
 

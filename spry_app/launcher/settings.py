@@ -12,6 +12,7 @@ from flwr.common.config import flatten_dict, get_project_config, parse_config_ar
 from flwr.supercore.utils import simulation_config_from_json
 
 from spry_app.config import RunConfig, Scalar
+from spry_app.config.peft_keys import adapter_keys
 from spry_app.errors import SpryError
 from spry_app.launcher.processes import usable_cores
 
@@ -19,6 +20,7 @@ _LOCAL: dict[str, Callable[[Path], bool]] = {
     "data.source": Path.is_file,
     "data.test": Path.is_file,
     "model.name": Path.is_dir,
+    "adapter.path": Path.is_dir,
 }
 """Keys that may hold a path, and what is one; anything else is a name (on the Hub, or one of ours)."""
 LAUNCH = "launch.json"
@@ -51,6 +53,7 @@ def run_config(simulation: Simulation) -> dict[str, Scalar]:
     except (FileNotFoundError, ValueError) as error:
         raise SpryError(f"No Flower app in {simulation.app}: {error}") from None
     overrides = _resumed(simulation.resume) | _parse("--run-config", simulation.run_config)
+    overrides = _given(overrides) | overrides
     config = RunConfig.from_flower(defaults | overrides)
     if simulation.nodes < config.server.min_available_nodes:
         raise SpryError(
@@ -86,6 +89,15 @@ def _resumed(folder: Path | None) -> dict[str, Scalar]:
     if folder is None:
         return {}
     return _json(folder / "config.json") | {"resume": str(folder.expanduser().resolve())}
+
+
+def _given(overrides: dict[str, Scalar]) -> dict[str, Scalar]:
+    """Keys of the adapter that a run is to start from; nothing where its folder cannot be read, as the server says."""
+    file = Path(str(overrides.get("adapter.path", "")), "adapter_config.json").expanduser()
+    try:
+        return adapter_keys(json.loads(file.read_text())) if overrides.get("adapter.path") else {}
+    except (OSError, ValueError, KeyError, AttributeError):
+        return {}
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 from spry_app.models.adapted import AdaptedModel  # noqa: E402
 from spry_app.models.blocks import Entering, NoPrefixError  # noqa: E402
 from spry_app.models.fingerprint import difference  # noqa: E402
+from spry_app.models.given import start_from  # noqa: E402
 from spry_app.models.loading import load_base, load_model, save_adapter  # noqa: E402
 from spry_app.models.subspace import SENT, Fixed  # noqa: E402
 
@@ -21,4 +22,5 @@ __all__ = [
     "load_base",
     "load_model",
     "save_adapter",
+    "start_from",
 ]

@@ -11,7 +11,7 @@ from spry_app.data import label_names
 from spry_app.errors import SpryError
 from spry_app.methods import Layout, get_method
 from spry_app.methods.global_state import GlobalState
-from spry_app.models import difference, load_model, save_adapter
+from spry_app.models import difference, load_model, save_adapter, start_from
 from spry_app.server.frame_file import load_frame
 from spry_app.slope_log import exact_path, read
 from spry_app.tasks import get_task
@@ -38,6 +38,8 @@ def rebuild(log: Path, folder: Path, model: str = "") -> int:
     if header["units"] != list(adapted.units):
         raise SpryError(f"{log} is of a model with the units {header['units']}; here it has {list(adapted.units)}.")
     method = get_method(config).on(Layout(adapted.depths(), len(adapted.blocks)), config.client)
+    if config.adapter.path:
+        start_from(adapted, config.adapter)
     state = GlobalState(adapted.tensors(), adapted.units, method, config)
     for entry, _ in entries:
         state.follow(entry)

@@ -22,7 +22,7 @@ from spry_app.config import RunConfig
 from spry_app.data import label_counts, label_names, load_corpus
 from spry_app.errors import SpryError
 from spry_app.methods import Layout, Method, get_method
-from spry_app.models import AdaptedModel, load_model
+from spry_app.models import AdaptedModel, load_model, start_from
 from spry_app.models.sources import public_name
 from spry_app.objectives import score
 from spry_app.plugins import load_object
@@ -102,6 +102,8 @@ def federate(grid: Grid, config: RunConfig, folder: Path, telemetry: Telemetry |
     task, labels = get_task(config.data), len(label_names(config.data))
     adapted = load_model(config.model, config.adapter, labels, config.seed, frame=frame, task=task)
     task.prepare(adapted, config.data)
+    if config.adapter.path and not checkpoint:
+        start_from(adapted, config.adapter)
     method = method.on(Layout(adapted.depths(), len(adapted.blocks)), config.client)
     test = _test_rows(config, adapted)
     recorder = Recorder(folder, config, checkpoint.progress.round if checkpoint else None, telemetry)
