@@ -169,11 +169,11 @@ def export_command(
     try:
         if dtype not in DTYPES:
             raise SpryError(f"--dtype is {dtype!r}; allowed are {', '.join(DTYPES)}.")
-        export(source, output, dtype, model, force)
+        loaded = export(source, output, dtype, model, force)
     except SpryError as error:
         print(error, file=sys.stderr)
         raise typer.Exit(2) from None
-    print(f'The model is in {output}: pipeline("text-classification", "{output}")')
+    print(f"The model is in {output}: {loaded}")
 
 
 @app.command("doctor")

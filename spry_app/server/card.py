@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers.pipelines import SUPPORTED_TASKS
 
 from spry_app.config import RunConfig
 from spry_app.methods import Method
 from spry_app.server.record import Round
+from spry_app.tasks import LearningTask, get_task
 
 _LOAD = "## How to load it"
 
@@ -24,54 +26,66 @@ def card(
     versions: Mapping[str, str],
 ) -> str:
     """base: the base model as others know it. rounds: all so far. versions: package -> version."""
-    scored = [line for line in rounds if line.accuracy is not None]
+    scored, task = [line for line in rounds if line.main is not None], get_task(config.data)
     data = ModelCardData(
         base_model=None if Path(base).is_absolute() else base,
         library_name="peft",
-        pipeline_tag="text-classification",
+        pipeline_tag=task.hub_task,
         tags=["spry", "federated-learning", "forward-gradient", config.adapter.kind],
-        metrics=["accuracy"],
-        **_index(config, scored),
+        metrics=[task.main_metric],
+        **_index(config, scored, task),
     )
     last = rounds[-1]
     parts = [
         f"---\n{data.to_yaml()}\n---\n\n# {base} with {config.adapter.kind}, by {config.method}\n",
         f"Trained by federated learning with Spry: {last.round} rounds, {last.asked} clients asked in the last.\n",
         f"- **Base model**: `{base}`{_revision(config)}, {_format(config)}\n"
-        f"- **Data**: `{config.data.source}`, dealt to clients by `{config.data.partition}`; {len(labels)} classes: "
-        f"{', '.join(f'`{label}`' for label in labels)}\n"
+        f"- **Data**: `{config.data.source}`, dealt to clients by `{config.data.partition}`, for "
+        f"`{config.data.task}`{_classes(labels)}\n"
         f"- **Method**: `{config.method}` ({method.paper})\n"
         f"- **Adapter**: {_adapter(config)}\n",
         f"## Results\n\n{_results(scored)}",
         f"## Costs\n\n{_costs(last)}",
         f"## Versions\n\n{', '.join(f'{name} {version}' for name, version in versions.items())}\n",
-        f"{_LOAD}\n\n{_lines(base, config, len(labels))}",
+        f"{_LOAD}\n\n{_lines(base, config, task, len(labels))}",
     ]
     return "\n".join(parts)
 
 
-def merged_card(adapters: str, base: str) -> str:
+def merged_card(adapters: str, base: str, task: LearningTask) -> str:
     """Of the model that an adapter was merged into, from the adapter's card ("" where it has none)."""
     own = ModelCard(adapters or "---\nmetrics:\n- accuracy\n---\n\n# A merged model\n", ignore_metadata_errors=True)
     data: Any = own.data
-    data.library_name, data.pipeline_tag = "transformers", "text-classification"
+    data.library_name, data.pipeline_tag = "transformers", task.hub_task
     if getattr(data, "base_model", None):
         data.base_model_relation = "finetune"
     text = own.text.split(_LOAD)[0].strip()
     said = f"The adapter is merged into `{base}`, loaded in full precision."
-    load = 'from transformers import pipeline\n\nprint(pipeline("text-classification", "<this folder>")("some text"))'
+    load = "from transformers import " + loaded_by(task, "<this folder>")
     return f"---\n{data.to_yaml()}\n---\n\n{text}\n\n{said}\n\n{_LOAD}\n\n```python\n{load}\n```\n"
 
 
-def _index(config: RunConfig, scored: Sequence[Round]) -> dict[str, Any]:
+def loaded_by(task: LearningTask, folder: str) -> str:
+    """A name of transformers, and on a line of its own what to do with it."""
+    if task.hub_task in SUPPORTED_TASKS:
+        return f'pipeline\n\nsay = pipeline("{task.hub_task}", "{folder}")'
+    name = task.auto_model.__name__
+    return f'{name}\n\nmodel = {name}.from_pretrained("{folder}")'
+
+
+def _classes(labels: Sequence[str]) -> str:
+    return f"; {len(labels)} classes: {', '.join(f'`{label}`' for label in labels)}" if labels else ""
+
+
+def _index(config: RunConfig, scored: Sequence[Round], task: LearningTask) -> dict[str, Any]:
     if not scored:
         return {}
     result = EvalResult(
-        task_type="text-classification",
+        task_type=task.hub_task,
         dataset_type=config.data.source,
         dataset_name=config.data.source,
-        metric_type="accuracy",
-        metric_value=round(float(scored[-1].accuracy or 0.0), 4),
+        metric_type=task.main_metric,
+        metric_value=round(float(scored[-1].main or 0.0), 4),
     )
     return {"eval_results": [result], "model_name": f"spry-{config.method}"}
 
@@ -97,8 +111,8 @@ def _results(scored: Sequence[Round]) -> str:
     if not scored:
         return "It was not evaluated.\n"
     named = {"before training": scored[0], f"after round {scored[-1].round}": scored[-1]}
-    rows = [f"| {name} | {line.accuracy:.4f} | {line.loss or 0.0:.4f} |" for name, line in named.items()]
-    return "\n".join(["| | accuracy | loss |", "| --- | --- | --- |", *rows]) + "\n"
+    rows = [f"| {name} | {line.main:.4f} | {line.loss or 0.0:.4f} |" for name, line in named.items()]
+    return "\n".join([f"| | {scored[0].main_metric} | loss |", "| --- | --- | --- |", *rows]) + "\n"
 
 
 def _costs(last: Round) -> str:
@@ -111,13 +125,14 @@ def _costs(last: Round) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _lines(base: str, config: RunConfig, labels: int) -> str:
+def _lines(base: str, config: RunConfig, task: LearningTask, labels: int) -> str:
     revision = f', revision="{config.model.revision}"' if config.model.revision else ""
+    name, classes = task.auto_model.__name__, f", num_labels={labels}" if labels else ""
     return f"""```python
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification
+from transformers import {name}
 
-base = AutoModelForSequenceClassification.from_pretrained("{base}", num_labels={labels}{revision})
+base = {name}.from_pretrained("{base}"{classes}{revision})
 model = PeftModel.from_pretrained(base, "<this folder>").eval()
 ```
 """

@@ -16,28 +16,31 @@ from spry_app.errors import SpryError
 from spry_app.models import load_base
 from spry_app.models.sources import known_as
 from spry_app.server.adapter_folder import read_labels
-from spry_app.server.card import merged_card
+from spry_app.server.card import loaded_by, merged_card
+from spry_app.tasks import task_of_adapter
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _CONFIG = "adapter_config.json"
 
 
-def export(source: Path, output: Path, dtype: str = "bf16", model: str = "", force: bool = False) -> None:
-    """Write model, tokenizer and card into `output`, all of it or nothing.
+def export(source: Path, output: Path, dtype: str = "bf16", model: str = "", force: bool = False) -> str:
+    """Write model, tokenizer and card into `output`, all of it or nothing; returns how to load it.
 
     source: a run's folder, or an adapter's. model: a local copy of the base model. force: replace what is in `output`.
     Raises SpryError where there is no adapter, it cannot be merged, or `output` is not empty.
     """
     folder = source / "adapter" if (source / "adapter" / _CONFIG).is_file() else source
     settings, labels = _settings(folder), read_labels(folder)
-    if not labels:
+    task = task_of_adapter(settings.task_type)
+    if task.classes and not labels:
         raise SpryError(f'{folder} has no labels.json: write the names of the classes there, in order, as ["a", "b"].')
     _check_output(source, output, force)
     seed, config = _base(folder, settings)
-    base = load_base(config, len(labels), seed, model)
+    base = load_base(config, len(labels), seed, model, task)
     merged = _merged(PeftModel.from_pretrained(base.model, str(folder)).eval(), folder)
-    merged.config.id2label = dict(enumerate(labels))
-    merged.config.label2id = {label: index for index, label in enumerate(labels)}
+    if labels:
+        merged.config.id2label = dict(enumerate(labels))
+        merged.config.label2id = {label: index for index, label in enumerate(labels)}
     merged.config.use_cache = True
     fresh = output.with_name(output.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
@@ -45,24 +48,25 @@ def export(source: Path, output: Path, dtype: str = "bf16", model: str = "", for
     AutoTokenizer.from_pretrained(folder).save_pretrained(fresh)
     readme = folder / "README.md"
     name = settings.base_model_name_or_path or config.name
-    (fresh / "README.md").write_text(merged_card(readme.read_text() if readme.is_file() else "", name))
+    (fresh / "README.md").write_text(merged_card(readme.read_text() if readme.is_file() else "", name, task))
     if output.exists():
         shutil.rmtree(output)
     fresh.rename(output)
+    return loaded_by(task, str(output)).splitlines()[-1].partition(" = ")[2]
 
 
 @torch.no_grad()
 def _merged(adapted: PeftModel, folder: Path) -> Any:
     """The base model with the adapter in its weights. Raises SpryError where it then says something else."""
     tokens = torch.arange(1, 5)[None] % adapted.config.vocab_size
-    before = adapted(input_ids=tokens).logits
+    before = adapted(input_ids=tokens)[0]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of normalisations, which PEFT calls no layer of its own
         merged: Any = cast(Any, adapted).merge_and_unload().eval()
     for name, part in list(merged.named_modules()):
         if isinstance(part, ModulesToSaveWrapper):  # PEFT 0.21 leaves the head in one for layernorm
             merged.set_submodule(name, part.modules_to_save[part.active_adapters[0]])
-    after = merged(input_ids=tokens).logits
+    after = merged(input_ids=tokens)[0]
     if not torch.allclose(before, after, rtol=1e-3, atol=1e-3 * float(before.abs().max())):
         raise SpryError(
             f"PEFT merges the adapter of {folder} ({adapted.peft_config['default'].peft_type}) into another model than "

@@ -39,6 +39,11 @@ def get_task(config: DataConfig) -> LearningTask:
     return task
 
 
+def task_of_adapter(peft_type: str | None) -> LearningTask:
+    """The first task whose adapters PEFT saves with this type; classification where there is none."""
+    return next((task for task in TASKS.values() if task.peft_type == peft_type), CLASSIFICATION)
+
+
 def _find(name: str) -> LearningTask:
     if ":" in name:
         task = load_object(name, "data.task")
@@ -54,4 +59,4 @@ def _find(name: str) -> LearningTask:
     return TASKS[name]
 
 
-__all__ = ["IGNORED", "TASKS", "Encoded", "LearningTask", "Model", "Sums", "get_task", "task_keys"]
+__all__ = ["IGNORED", "TASKS", "Encoded", "LearningTask", "Model", "Sums", "get_task", "task_keys", "task_of_adapter"]

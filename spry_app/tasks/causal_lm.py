@@ -134,6 +134,7 @@ CAUSAL_LM = LearningTask(
     noun="causal language",
     auto_model=AutoModelForCausalLM,
     peft_type="CAUSAL_LM",
+    hub_task="text-generation",
     keys=frozenset({"text-field", "label-field", "prompt-field", "answer-field", "messages-field", "packing"}),
     columns=_columns,
     encode=_encode,

@@ -83,6 +83,7 @@ CLASSIFICATION = LearningTask(
     noun="sequence-classification",
     auto_model=AutoModelForSequenceClassification,
     peft_type="SEQ_CLS",
+    hub_task="text-classification",
     keys=frozenset({"text-field", "text-pair-field", "label-field", "num-labels", "label-names", "unlabelled"}),
     columns=_columns,
     encode=_encode,

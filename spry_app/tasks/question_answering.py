@@ -208,6 +208,7 @@ QUESTION_ANSWERING = LearningTask(
     noun="question-answering",
     auto_model=AutoModelForQuestionAnswering,
     peft_type="QUESTION_ANS",
+    hub_task="question-answering",
     keys=frozenset({"question-field", "context-field", "answer-field", "label-field", "stride", "max-answer-length"}),
     columns=_columns,
     encode=_encode,

@@ -53,6 +53,8 @@ class LearningTask:
     """The Auto class of transformers that loads them."""
     peft_type: str
     """PEFT's name for the task, in the configuration of a saved adapter."""
+    hub_task: str
+    """The Hub's name for the task, on a model card; also that of a pipeline of transformers, where there is one."""
     keys: frozenset[str]
     """Which of the keys of `data` that belong to tasks (tasks.task_keys) it uses; others must be left alone."""
     columns: Callable[[Dataset, DataConfig, Names, str], Mapping[str, Any]]
