@@ -18,7 +18,6 @@ from spry_app.launcher.processes import Processes
 from spry_app.launcher.progress import RoundDisplay, summary
 from spry_app.launcher.settings import Simulation, federation_config, keep_launch, run_config
 from spry_app.launcher.superlink import Outcome, SuperLink, environment
-from spry_app.report import REPORT, render, write
 
 _LONGEST_TEMPORARY = 20
 """Characters: behind them come Ray's 68 and our 13, and a Unix socket's path has 103 at most (macOS)."""
@@ -82,6 +81,8 @@ def _run(
 
 def _report(folder: Path) -> None:
     """Of a run that was ended before it could make its own."""
+    from spry_app.report import REPORT, render, write  # takes seconds, which most runs need not wait for
+
     metrics, report = folder / "metrics.jsonl", folder / REPORT
     if metrics.exists() and (not report.exists() or report.stat().st_mtime < metrics.stat().st_mtime):
         with suppress(SpryError, OSError):
