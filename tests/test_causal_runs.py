@@ -18,6 +18,7 @@ from spry_app.data import load_corpus
 from spry_app.errors import SpryError
 from spry_app.models import save_adapter
 from spry_app.protocol import from_arrays
+from spry_app.server.export import export
 from spry_app.server.picture import draw
 from spry_app.server.rebuild import rebuild
 from spry_app.server.run import Federated, _write_result, federate
@@ -125,6 +126,17 @@ def test_peft_loads_what_is_saved_and_says_what_was_last_evaluated(run_config: d
     last = done.recorder.rounds[-1]
     assert last.loss == pytest.approx(total / count, rel=1e-5)
     assert last.metrics["exact-match"] == right / 10
+
+    export(tmp_path / "adapter", tmp_path / "merged", "fp32", model=run_config["model.name"])
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        torch.testing.assert_close(merged(before).logits, model(input_ids=before).logits, rtol=1e-4, atol=1e-5)
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "pipeline_tag: text-generation" in card and "library_name: transformers" in card
+    code = card.split("```python\n")[1].split("```")[0].replace("<this folder>", str(tmp_path / "merged"))
+    exec(code, names := {})
+    answer = tokenizer.decode(names["say"].model.generate(before, max_new_tokens=4, do_sample=False, pad_token_id=0)[0])
+    assert answer == tokenizer.decode(model.generate(before, max_new_tokens=4, do_sample=False, pad_token_id=0)[0])
 
 
 def test_clients_score_where_the_server_has_no_test_set(run_config: dict, tmp_path: Path) -> None:
