@@ -93,8 +93,9 @@ def test_a_tokenizer_leaves_room_for_the_virtual_tokens(tmp_path: Path) -> None:
     assert _load(folder, "prompt").tokenizer.model_max_length == 61
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method", ["spry", "spry-per-iteration"])
+@pytest.mark.parametrize(
+    ("kind", "method"), [("prompt", "spry"), ("p-tuning", "spry-per-iteration"), ("prefix", "spry-per-iteration")]
+)
 def test_two_rounds_of_a_federation_learn(tmp_path: Path, kind: str, method: str) -> None:
     """With the head dealt to some clients alone, who would begin above all blocks if they could."""
     keys: dict[str, Any] = {"adapter.kind": kind, "client.local-steps": 8, "client.directions": 4, "method": method}
