@@ -9,9 +9,10 @@ import pytest
 import torch
 import yaml
 from federation import make_checkpoint, make_rows
+from federation import make_checkpoint as tiny_checkpoint
 from flwr.app import Context, RecordDict
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 from typer.testing import CliRunner
@@ -94,6 +95,27 @@ def test_an_adapter_and_its_merge_give_the_last_evaluation_of_the_run(tmp_path: 
     answers = pipeline("text-classification", str(tmp_path / "full"))(texts)
     assert [answer["label"] for answer in answers] == [NAMES[i] for i in logits.argmax(-1)]
     assert sum(a["label"] == NAMES[i] for a, i in zip(answers, labels, strict=True)) == last["accuracy"] * len(labels)
+
+
+def test_weights_that_the_checkpoint_lacks_are_those_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pooler that is drawn at random is in no adapter."""
+
+    def without_pooler(folder: Path) -> Path:
+        file = tiny_checkpoint(folder) / "model.safetensors"
+        kept = {name: value for name, value in load_file(file).items() if "pooler" not in name}
+        save_file(kept, file, metadata={"format": "pt"})
+        return folder
+
+    monkeypatch.setitem(globals(), "make_checkpoint", without_pooler)
+    folder = _run(tmp_path, rank=2)
+    export(folder, tmp_path / "full", "fp32")
+    texts, labels = _rows(folder)
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "full")
+    logits = _logits(merged, AutoTokenizer.from_pretrained(tmp_path / "full"), texts)
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert cross_entropy(logits, labels).item() == pytest.approx(last["loss"], abs=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from spry_app.autodiff.slopes import Part
 from spry_app.config import AdapterConfig, ModelConfig
 from spry_app.errors import SpryError
 from spry_app.models import AdaptedModel, load_model, save_adapter
+from spry_app.models.prompts import check_prompt
 from spry_app.models.units import PROMPT
 
 KINDS = ["prompt", "p-tuning", "prefix"]
@@ -86,6 +87,15 @@ def test_checkpointed_backprop_is_backprop_or_refused(folder: str, kind: str) ->
         torch.testing.assert_close(gradient("checkpointed-backprop")[name], expected)
 
 
+def test_virtual_tokens_are_for_classification(folder: str) -> None:
+    adapted = _load(folder, "prompt")
+    adapted.model.active_peft_config.task_type = "CAUSAL_LM"
+    with pytest.raises(
+        SpryError, match=r'adapter\.kind is "prompt".* for tasks of classification; set adapter\.kind to'
+    ):
+        check_prompt(adapted.model, adapted.tokenizer, "prompt")
+
+
 def test_a_tokenizer_leaves_room_for_the_virtual_tokens(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path)
     settings = tmp_path / "tokenizer_config.json"
@@ -93,8 +103,9 @@ def test_a_tokenizer_leaves_room_for_the_virtual_tokens(tmp_path: Path) -> None:
     assert _load(folder, "prompt").tokenizer.model_max_length == 61
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method", ["spry", "spry-per-iteration"])
+@pytest.mark.parametrize(
+    ("kind", "method"), [("prompt", "spry"), ("p-tuning", "spry-per-iteration"), ("prefix", "spry-per-iteration")]
+)
 def test_two_rounds_of_a_federation_learn(tmp_path: Path, kind: str, method: str) -> None:
     """With the head dealt to some clients alone, who would begin above all blocks if they could."""
     keys: dict[str, Any] = {"adapter.kind": kind, "client.local-steps": 8, "client.directions": 4, "method": method}

@@ -63,6 +63,11 @@ def check_prompt(adapted: PeftModel, tokenizer: PreTrainedTokenizerBase, kind: s
     Models that read the last token find it by the padding of the text, which they do not see once it is embeddings.
     """
     family = adapted.config.model_type
+    if adapted.active_peft_config.task_type != "SEQ_CLS":
+        raise SpryError(
+            f'adapter.kind is "{kind}", whose virtual tokens would stand among those that are to be predicted: they '
+            'are for tasks of classification; set adapter.kind to "lora".'
+        )
     use = f'so adapter.kind "{kind}" is not for it; set adapter.kind to "lora" or "{_other(kind)}"'
     if tokenizer.model_max_length < _USUAL_LENGTH:
         tokenizer.model_max_length -= adapted.active_peft_config.num_virtual_tokens
