@@ -75,8 +75,10 @@ def _examples(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[
         for turns in dataset["turns"]:
             yield from examples(turns, tokenizer)
         return
-    texts, mark = dataset["text"][:], tokenizer.eos_token_id
-    for tokens in tokenizer(texts, verbose=False)["input_ids"] if texts else ():
+    if not len(dataset):
+        return
+    mark = tokenizer.eos_token_id
+    for tokens in tokenizer(dataset["text"][:], verbose=False)["input_ids"]:
         end = [] if mark is None or tokens[-1:] == [mark] else [mark]
         yield [*tokens, *end], [True] * (len(tokens) + len(end))
 
