@@ -1,6 +1,7 @@
 """Whole federations on causal language modelling, over Flower's protobuf: what they learn and what they leave."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from test_causal_lm import truth
 from tiny_causal import causal_checkpoint, instructions
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from spry_app.autodiff.gradients import GRADIENTS
 from spry_app.client.node import load_node
+from spry_app.client.trust import check_gradient
 from spry_app.config import RunConfig
 from spry_app.data import load_corpus
 from spry_app.errors import SpryError
@@ -178,3 +181,17 @@ def test_a_node_with_its_own_file_needs_no_names_of_classes(run_config: dict, tm
     node = load_node(config, {"data": own})
     assert len(node.train) + len(node.heldout) == 12 and node.train.task is TASKS["causal-lm"]
     assert load_corpus(RunConfig.from_flower(run_config).data).label_names == ()
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_quantised_model_keeps_its_output_layer_and_has_sound_slopes(
+    quantization: str, run_config: dict, tmp_path: Path
+) -> None:
+    """On the CPU too. Blocks are packed; what makes logits is not, and is what the checkpoint has."""
+    config = RunConfig.from_flower(run_config | {"model.quantization": quantization})
+    node = load_node(config, {"partition-id": 0, "num-partitions": CLIENTS})
+    base = node.adapted.model.get_base_model()
+    assert type(base.get_output_embeddings()) is torch.nn.Linear
+    assert type(base.model.layers[0].mlp.up_proj) is not torch.nn.Linear
+    check_gradient(node, GRADIENTS["forward-mode"], at_once=2)
+    assert math.isfinite(node.score(config.client).loss)

@@ -151,6 +151,8 @@ def test_the_time_left_follows_the_pace_since_the_first_round() -> None:
     shown = "loss 0.700  accuracy 50.0%  3 of 4 devices answered  1 refused  sent 1.25 MiB"
     assert describe(first, first) == shown
     assert describe(fourth, first) == f"{shown}  1:00 left"
+    other = {"accuracy": None, "main-metric": "f1", "metrics": {"f1": 0.25, "exact-match": 0.125}}
+    assert "loss 0.700  f1 25.0%  3 of 4" in describe(first | other, first)
     assert "accuracy 50.0%  epsilon 2.35  3 of 4" in describe(first | {"epsilon": 2.349}, first)
 
 
