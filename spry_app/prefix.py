@@ -80,7 +80,7 @@ class PrefixCache:
         if not new:
             return pad_sequence([self._read(row) for row in rows], batch_first=True)
         # With padding on the left, positions may depend on the other rows of the batch, so nothing is kept.
-        left = self._rows.tokenizer.padding_side == "left"
+        left = self._rows.padding_side == "left"
         wanted = rows if left else new
         start = self._below.entering([wanted])[0] if self._below else None
         parts = [[row] for row in wanted] if self._lasting and not left else [wanted]

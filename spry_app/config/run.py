@@ -59,7 +59,8 @@ class RunConfig(Section):
     """What travels down in a method whose clients reply with slopes: every tensor, or the slopes of the rounds that a
     client has missed, from which it rebuilds them. Empty for the method's own."""
     head: Literal["shared", "split"] = "shared"
-    """The classification head goes to every client, or is dealt like any other unit."""
+    """The classification head goes to every client, or is dealt like any other unit. Of no use to a task without a new
+    head ("causal-lm")."""
     head_gradient: Literal["exact", "forward"] = "exact"
     """The head's gradient where the method uses slopes: by a backward pass through the head alone, which stores nothing
     of the network (from the passes of the slopes; with differences, and where a model's blocks are no plain sequence,

@@ -250,7 +250,8 @@ class StopConfig(Section):
     max_seconds: Limit = 0.0
     """Since the server process began with the run."""
     target_accuracy: Fraction = 0.0
-    """Of the global model, in a round that is evaluated (`server.evaluate-every`)."""
+    """Of the global model, in a round that is evaluated (`server.evaluate-every`): of the main metric of `data.task`,
+    accuracy for "classification", the part of the tokens for "causal-lm"."""
 
 
 class NoiseConfig(Section):

@@ -60,6 +60,7 @@ def _encode(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: DataCo
         CAUSAL_LM,
         dropped,
         [sum(counts) for _, counts in found],
+        "right",  # the first tokens stand where they would alone, whatever side the tokenizer generates from
     )
     return packed(rows, size) if training and config.packing else rows
 
@@ -70,13 +71,9 @@ def _examples(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[
         for turns in dataset["turns"]:
             yield from examples(turns, tokenizer)
         return
-    for text in dataset["text"]:
-        tokens = tokenizer(text, verbose=False)["input_ids"]
-        end = (
-            []
-            if tokenizer.eos_token_id is None or tokens[-1:] == [tokenizer.eos_token_id]
-            else [tokenizer.eos_token_id]
-        )
+    texts, mark = dataset["text"][:], tokenizer.eos_token_id
+    for tokens in tokenizer(texts, verbose=False)["input_ids"] if texts else ():
+        end = [] if mark is None or tokens[-1:] == [mark] else [mark]
         yield [*tokens, *end], [True] * (len(tokens) + len(end))
 
 

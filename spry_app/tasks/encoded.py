@@ -22,8 +22,9 @@ class Encoded:
     features: tokenizer output by name (input_ids, attention_mask, ...), a list of token-wise values a row.
     targets: by name, of each row one number, or one a token. cut: how many rows were longer than the maximum length.
     dropped: how many had nothing left to learn from. terms: of how many terms each row's loss is the sum; empty for one
-    each. kept: what the task's judge wants of each row beyond tensors, the model nothing.
-    together: number of the set in which each row is judged; empty where each is on its own.
+    each. padding: "left" or "right", "" for the tokenizer's own side. kept: what the task's judge wants of each row
+    beyond tensors, the model nothing. together: number of the set in which each row is judged; empty where each is on
+    its own.
     """
 
     features: dict[str, list[list[int]]]
@@ -33,11 +34,16 @@ class Encoded:
     task: "LearningTask"
     dropped: int = 0
     terms: Sequence[int] = ()
+    padding: str = ""
     kept: Sequence[Any] = field(default=(), repr=False)
     together: Sequence[int] = ()
 
     def __len__(self) -> int:
         return len(self.features.get("input_ids", ()))
+
+    @property
+    def padding_side(self) -> str:
+        return self.padding or str(self.tokenizer.padding_side)
 
     def length(self, row: int) -> int:
         """Tokens of a row."""
@@ -77,7 +83,7 @@ class Encoded:
     def inputs(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """Of these rows, (rows, longest of them), int64 on the CPU."""
         chosen = {name: [values[index] for index in indices] for name, values in self.features.items()}
-        return dict(self.tokenizer.pad(chosen, return_tensors="pt", verbose=False))
+        return dict(self.tokenizer.pad(chosen, return_tensors="pt", verbose=False, padding_side=self.padding_side))
 
     def aims(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """Targets of these rows, (rows,) or padded like the inputs, int64 on the CPU."""
@@ -95,4 +101,4 @@ class Encoded:
         if isinstance(target, int):
             return target
         beside = [IGNORED] * (longest - len(target))
-        return beside + target if self.tokenizer.padding_side == "left" else target + beside
+        return beside + target if self.padding_side == "left" else target + beside

@@ -71,6 +71,7 @@ def packed(rows: Encoded, size: int) -> Encoded:
         rows.task,
         rows.dropped,
         [sum(terms[row] for row in group) for group in together],
+        "right",
     )
 
 
