@@ -9,7 +9,9 @@ from torch import Tensor
 from spry_app.autodiff.directions import Seed, Tensors
 from spry_app.autodiff.gradients import Gradient
 from spry_app.autodiff.slopes import Halves, Objective, Part, forward_mode
+from spry_app.errors import SpryError
 from spry_app.models import AdaptedModel, Entering
+from spry_app.models.positions import positions
 from spry_app.prefix import may_start_at
 from spry_app.protocol import Score
 from spry_app.tasks import Encoded
@@ -76,6 +78,17 @@ def batch_of(
         )
         for part, start in zip(slices, starts, strict=True)
     ]
+
+
+def refuse_too_long(adapted: AdaptedModel, rows: Encoded, where: str) -> None:
+    """Raises SpryError for rows of more tokens than the model has places for."""
+    most, longest = positions(adapted.model), max(map(rows.length, range(len(rows))), default=0)
+    if most is not None and longest > most:
+        family = adapted.model.config.model_type
+        raise SpryError(
+            f"{where} have up to {longest} tokens, and this {family} model has places for {most}: lower "
+            f"data.max-length to {most} at most, or take another model.name."
+        )
 
 
 def head_cut(

@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "models": LEAVES | {"autodiff", "tasks"},
     "data": LEAVES | {"tasks"},
     "methods": LEAVES | {"autodiff", "optimizers", "plugins", "slope_log"},
-    "objectives": {"autodiff", "models", "prefix", "protocol", "tasks"},
+    "objectives": {"errors", "autodiff", "models", "prefix", "protocol", "tasks"},
     "prefix": {"models", "tasks"},
     "client": LEAVES
     | {"autodiff", "data", "methods", "models", "objectives", "optimizers", "prefix", "privacy", "protocol", "tasks"},

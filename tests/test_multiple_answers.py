@@ -67,8 +67,8 @@ def test_the_texts_of_a_row_are_those_of_the_templates(tmp_path: Path) -> None:
 
 
 def test_the_scores_are_multircs(tmp_path: Path) -> None:
-    """Three questions with answers (right, wrong), (right, right), (wrong). The model says (right, wrong), (right,
-    wrong), (right): it knows all of one question of three; says right three times, right is true three times, both two
+    """Three questions with answers (right, wrong), (right, right), (wrong). The model says (right, wrong), (wrong,
+    right), (right): it knows all of one question of three; says right three times, right is true three times, both two
     times: F1 = 2 x 2 / (3 + 3); and it is right about three answers of five.
     """
     truth = [(0, 1), (0, 0), (1, 1), (1, 1), (2, 0)]
@@ -83,7 +83,7 @@ def test_the_scores_are_multircs(tmp_path: Path) -> None:
         for a, (q, label) in enumerate(truth)
     ]
     found = encoded(config(tmp_path, rows))
-    sums = TASK.judge(says(True, False, True, False, True), found, range(5))
+    sums = TASK.judge(says(True, False, False, True, True), found, range(5))
     report = TASK.report(sums)
     assert (sums["said"], sums["right"], sums["both"], sums["questions"], sums["examples"]) == (3, 3, 2, 3, 5)
     assert report == {"f1": pytest.approx(2 / 3), "exact": pytest.approx(1 / 3), "accuracy": pytest.approx(3 / 5)}

@@ -238,6 +238,17 @@ def test_an_answer_is_the_best_span_of_all_windows_unless_none_is_better_in_each
     assert answer_of(asked(LONG, "w5"), model, padding_side, max_answer_length=3) == answer
 
 
+def test_no_answer_must_score_higher_in_every_window() -> None:
+    """Two windows, each with "no answer" at its first token: 5 and n, and the best span of both is a word with 4."""
+    found = encoded([asked(" ".join(f"w{number}" for number in range(20, 45)), "w5")])
+    assert len(found) == 2
+    logits = torch.zeros(2, 24, 2)
+    logits[0, 7], logits[0, 0] = 2.0, 2.5
+    for none, answer in ((1.5, "w24"), (2.5, "")):
+        logits[1, 0] = none
+        assert answers(found, [0, 1], logits) == answers(found, [1, 0], logits.flip(0)) == {0: answer}
+
+
 def test_scores_do_not_depend_on_how_many_windows_pass_at_once() -> None:
     """Windows of a question are judged together; and the sums are those of the official rules on whole rows."""
     rows = some_questions(30)

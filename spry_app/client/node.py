@@ -12,7 +12,7 @@ from spry_app.config import AdapterConfig, ClientConfig, ModelConfig, RunConfig
 from spry_app.data import label_names, load_shard
 from spry_app.errors import SpryError
 from spry_app.models import AdaptedModel, Fixed, load_model
-from spry_app.objectives import score
+from spry_app.objectives import refuse_too_long, score
 from spry_app.prefix import PrefixCache, frozen
 from spry_app.protocol import Score
 from spry_app.tasks import Encoded, LearningTask, get_task
@@ -112,6 +112,7 @@ def _load_node(
         for rows, trained in ((shard.train, True), (shard.heldout, False))
     )
     for rows, use in ((train, "train on"), (heldout, "hold back")):
+        refuse_too_long(adapted, rows, f"Rows to {use}")
         if rows.lost():
             logger.warning("Rows to %s: %s", use, rows.lost())
     return Node(adapted, train, heldout, start, index, memory_mib)

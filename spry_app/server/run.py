@@ -24,7 +24,7 @@ from spry_app.errors import SpryError
 from spry_app.methods import Layout, Method, get_method
 from spry_app.models import AdaptedModel, load_model, start_from
 from spry_app.models.sources import public_name
-from spry_app.objectives import score
+from spry_app.objectives import refuse_too_long, score
 from spry_app.plugins import load_object
 from spry_app.prefix import PrefixCache, frozen
 from spry_app.protocol import Score, from_arrays, to_arrays
@@ -205,6 +205,7 @@ def _test_rows(config: RunConfig, adapted: AdaptedModel) -> Encoded | None:
     if test is None:
         return None
     rows = get_task(config.data).encode(test, adapted.tokenizer, config.data, False)
+    refuse_too_long(adapted, rows, "Rows of the test set")
     if rows.lost():
         log(WARNING, "Rows of the test set: %s", rows.lost())
     return rows
