@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from peft import PeftModel
-from tiny_causal import CHATML, FAMILIES, byte_tokenizer, causal_checkpoint
+from tiny_causal import CHATML, FAMILIES, byte_tokenizer, causal_checkpoint, encode, learned
 from transformers import PreTrainedTokenizerFast
 
 from spry_app.autodiff.directions import Seed, direction
@@ -30,16 +30,6 @@ PLAIN = "### User:\n{}\n\n### Assistant:\n{}</s>"
 def turns(*said: tuple[str, str]) -> Dataset:
     rows = [[{"role": role, "content": text, "answer": role == "assistant"} for role, text in said]]
     return Dataset.from_dict({"turns": rows})
-
-
-def encode(rows: Dataset, training: bool = True, template: str = "", **keys: Any) -> Encoded:
-    config = DataConfig(task="causal-lm", **{"max_length": 100, **keys})
-    return TASK.encode(rows, byte_tokenizer(template), config, training)
-
-
-def learned(rows: Encoded, row: int = 0) -> str:
-    """The text of the tokens that count."""
-    return rows.tokenizer.decode([label for label in rows.targets["labels"][row] if label != IGNORED])  # type: ignore
 
 
 def whole(rows: Encoded, row: int = 0) -> str:

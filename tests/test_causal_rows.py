@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from datasets import ClassLabel, Dataset
+from tiny_causal import encode, learned
 
 from spry_app.config import DataConfig
 from spry_app.data import load_corpus, load_shard

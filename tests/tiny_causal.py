@@ -3,8 +3,10 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from datasets import Dataset
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
@@ -20,6 +22,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+
+from spry_app.config import DataConfig
+from spry_app.tasks import IGNORED, TASKS, Encoded
 
 SPECIAL = ("<pad>", "</s>", "<|im_start|>", "<|im_end|>")
 WORDS = 256 + len(SPECIAL)
@@ -90,3 +95,13 @@ def instructions(path: Path, rows: int, offset: int = 0) -> str:
         lines.append(json.dumps(said | {"text": f"{said['prompt']} is {word}", "kind": word}))
     path.write_text("\n".join(lines) + "\n")
     return str(path)
+
+
+def encode(rows: Dataset, training: bool = True, template: str = "", **keys: Any) -> Encoded:
+    config = DataConfig(task="causal-lm", **{"max_length": 100, **keys})
+    return TASKS["causal-lm"].encode(rows, byte_tokenizer(template), config, training)
+
+
+def learned(rows: Encoded, row: int = 0) -> str:
+    """The text of the tokens that count."""
+    return rows.tokenizer.decode([label for label in rows.targets["labels"][row] if label != IGNORED])  # type: ignore
