@@ -16,8 +16,9 @@ def nearest(base: Gradient, guide: Tensors, candidates: int, threshold: float) -
     """`base`, along those of the directions 0 .. `candidates` - 1 that are nearest to `guide` (arXiv 2308.13894).
 
     At least two directions are used, then one more at a time until the variance of the estimate, as a mean over its
-    numbers, is at most `threshold`, or K are used. One direction is in memory at a time, beside the sum. guide: the
-    last global update; tensors that it lacks count as zero. Choosing makes the estimate biased towards the guide.
+    numbers, is at most `threshold` (0 sets none), or K are used. One direction is in memory at a time, beside the sum.
+    guide: the last global update; tensors that it lacks count as zero. Choosing makes the estimate biased towards the
+    guide.
 
     Our reading: nearness is the absolute cosine, as v and -v give the same estimate; the variance is the client's own,
     over the directions of one batch, and not that of a pool which the server keeps.
@@ -38,7 +39,7 @@ def nearest(base: Gradient, guide: Tensors, candidates: int, threshold: float) -
             losses.append(loss)
             slopes.append(slope)
             total.add(slope, v)
-            if total.count > 1 and total.variance() <= threshold:
+            if threshold and total.count > 1 and total.variance() <= threshold:
                 break
         cost = _times(base.cost(1, 1), len(slopes))
         return Estimate(sum(losses) / len(losses), total.mean(), tuple(slopes), cost)

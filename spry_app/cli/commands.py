@@ -16,7 +16,9 @@ from spry_app.cli.shared import RunConfigOption, tell
 from spry_app.deploy.commands import app as deploy
 from spry_app.errors import SpryError
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="markdown")
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_show_locals=False
+)
 app.add_typer(deploy, name="deploy")
 app.add_typer(data, name="data")
 

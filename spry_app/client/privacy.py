@@ -1,5 +1,5 @@
 """What leaves a node in a run with privacy: the mechanism on its replies (mode "local"), and what it keeps to itself in
-either mode. Nothing here trains.
+either mode. Nothing here trains; the mechanism on single rows is in examples.py.
 """
 
 import dataclasses
@@ -15,7 +15,8 @@ from spry_app.protocol import Task, Tensors, TrainReply
 
 
 def protected(reply: TrainReply, task: Task, method: Method, config: RunConfig) -> TrainReply:
-    """The reply as it may be sent: without loss and personal score, and in mode "local" bounded and with noise.
+    """The reply as it may be sent: without loss and personal score, and in mode "local" bounded and with noise, unless
+    the steps that it was made of had theirs (unit "example").
 
     The noise follows from a key of this node's own, which no message carries; see `privacy.noisy`. What is not covered:
     numbers of examples and of passes, seconds, memory, and that the node answers.
@@ -23,9 +24,9 @@ def protected(reply: TrainReply, task: Task, method: Method, config: RunConfig) 
     if not config.privacy.mode:
         return reply
     reply = dataclasses.replace(reply, loss=0.0, personal=None)
-    if config.privacy.mode == "central":
+    if config.privacy.mode == "central" or config.privacy.unit == "example":
         return reply
-    secret = Secret.at(get_flwr_home() / "spry" / "noise.key")
+    secret = own_secret()
     about = ("reply", config.seed, task.round, task.client)
     start = {} if method.reply == "gradient" else task.tensors
     return dataclasses.replace(
@@ -33,6 +34,11 @@ def protected(reply: TrainReply, task: Task, method: Method, config: RunConfig) 
         tensors=_tensors(reply.tensors, start, config.privacy, secret, *about),
         slopes=_slopes(reply.slopes, config.privacy, secret, *about),
     )
+
+
+def own_secret() -> Secret:
+    """Of this node, or of all nodes of a simulation."""
+    return Secret.at(get_flwr_home() / "spry" / "noise.key")
 
 
 def check_scoring(config: RunConfig) -> None:

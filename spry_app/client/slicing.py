@@ -59,8 +59,9 @@ def most_at_once(node: Node, config: RunConfig) -> int:
 def _choose(node: Node, method: Method, config: RunConfig) -> Slices:
     client = config.client
     budget = node.memory_mib or _mib(client.memory_budget_mib, node.adapted.device)
+    most = config.most_rows_at_once
     if not budget:
-        examples = min(client.micro_batch or client.batch_size, client.batch_size)
+        examples = min(client.micro_batch or most, most)
         return Slices(examples, min(client.directions_at_once, client.directions))
     units, tensors = node.adapted.units, node.adapted.tensors()
     exact = exact_names(units, method, config.head_gradient)
@@ -78,7 +79,7 @@ def _choose(node: Node, method: Method, config: RunConfig) -> Slices:
         return math.inf
 
     try:
-        chosen = fit(peak, client.batch_size, client.directions if method.gradient.slopes else 1, budget)
+        chosen = fit(peak, most, client.directions if method.gradient.slopes else 1, budget)
     except DoesNotFit as error:
         rank = f" or adapter.rank (now {config.adapter.rank})" if "rank" in ADAPTER_KEYS[config.adapter.kind] else ""
         raise SpryError(

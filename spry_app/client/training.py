@@ -11,6 +11,7 @@ from spry_app.autodiff.budget import Slices
 from spry_app.autodiff.costs import suffix_above
 from spry_app.autodiff.directions import Seed, Tensors
 from spry_app.autodiff.memory import MIB, with_peak
+from spry_app.client.examples import by_example
 from spry_app.client.local import LocalTraining
 from spry_app.client.node import Node
 from spry_app.client.step import Step
@@ -34,7 +35,8 @@ def train(node: Node, task: Task, method: Method, config: RunConfig, slices: Sli
         before = prefix.forwards if prefix else 0.0
         suffix = suffix_above(node.adapted.depth(own), len(node.adapted.blocks))
         gradient = method.pick.gradient(method.gradient, task.update, config.client)
-        step = Step(node, gradient, exact, task.directions, slices, prefix, suffix)
+        alone = by_example(task, len(node.train), config)
+        step = Step(node, gradient, exact, task.directions, slices, prefix, suffix, alone)
         for number, rows in enumerate(_local_batches(len(node.train), task, method, config)):
             seed = dataclasses.replace(first, step=number)
             if task.measure and number == 0:

@@ -132,7 +132,17 @@ class RunConfig(Section):
                 f"strategy is {self.strategy!r} and privacy.mode 'central', whose noise Spry's own Strategy adds to "
                 "the mean that it makes; leave strategy '', or use privacy.mode 'local'"
             )
+        if self.privacy.unit == "example" and self.privacy.mode != "local":
+            raise ValueError(
+                f"privacy.unit is 'example' and privacy.mode {self.privacy.mode!r}, but only a client sees what each "
+                "of its rows says; use privacy.mode 'local', or privacy.unit 'client'"
+            )
         return self
+
+    @property
+    def most_rows_at_once(self) -> int:
+        """Rows of a local step that may pass through the model together."""
+        return 1 if self.privacy.unit == "example" else self.client.batch_size
 
     def evaluates(self, round_: int) -> bool:
         """Whether a round is evaluated: every `server.evaluate-every` rounds, before the first and after the last."""

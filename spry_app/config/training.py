@@ -132,24 +132,32 @@ class TelemetryConfig(Section):
 
 
 class PrivacyConfig(Section):
-    """Differential privacy for clients: two runs that differ in the rows of one client, however many and whatever they
-    are, give results that nobody can tell apart but for epsilon and `delta`. Neighbours replace one client by another
-    (the number of clients is public), so a bound of `clip` is a sensitivity of 2 `clip`; against a client without rows,
-    whose reply is zero, the same noise counts twice. What is protected, and what is not, is in docs/privacy.md.
+    """Differential privacy: two runs that differ in one `unit`, all the rows of a client or one of them, give results
+    that nobody can tell apart but for epsilon and `delta`. Neighbours replace it by another (how many there are is
+    public), so a bound of `clip` is a sensitivity of 2 `clip`; against a client without rows, whose reply is zero, the
+    same noise counts twice. What is protected, and what is not, is in docs/privacy.md.
     """
 
     mode: Literal["", "central", "local"] = ""
     """Who adds the noise. "central": the server, which sees replies as they are and is trusted with them, to the sum of
     all replies; protected is what leaves it, the tensors or the slope log of each round. "local": each client, to its
     own reply, before it is sent; protected is the reply, from the server too. "" for none."""
+    unit: Literal["client", "example"] = "client"
+    """Whose presence is hidden: a "client", with all its rows, or one "example" of them ("local" alone): what every row
+    says in a local step is bounded by itself, and the step's mean gets the noise before anything is made of it. Rows
+    then pass one by one, whatever `client.micro-batch`."""
     clip: float = Field(1.0, gt=0, allow_inf_nan=False)
     """A client's change of the tensors, or its gradient, over all its units, is scaled down to this length (L2). Where
-    the server rebuilds a change from a client's own slopes and adds the noise, that change is part of it."""
+    the server rebuilds a change from a client's own slopes and adds the noise, that change is part of it. By "example":
+    the exact gradient of each row in a step."""
     clip_slopes: float = Field(1.0, gt=0, allow_inf_nan=False)
     """The slopes of a reply, of all its steps, are scaled down to this length (L2) where they get the noise: always in
-    "local", in "central" where all clients measure along the same directions (decomfl)."""
+    "local", in "central" where all clients measure along the same directions (decomfl). By "example": the slopes of
+    each row in a step."""
     noise_multiplier: float = Field(1.0, ge=0.01, allow_inf_nan=False)
-    """Standard deviation of the noise on every number, in units of its bound (`clip` or `clip-slopes`)."""
+    """Standard deviation of the noise on every number, in units of its bound (`clip` or `clip-slopes`). By "example":
+    on every number of the sum over a batch, which is then divided by `client.batch-size`, or by the rows of a client
+    that has fewer."""
     delta: float = Field(1e-5, gt=0, lt=1)
     """At which epsilon is stated; far below one over the number of clients."""
     max_epsilon: Limit = 0.0

@@ -75,13 +75,24 @@ def get_method(config: RunConfig) -> Method:
             f"client.optimizer={config.client.optimizer!r}: method={config.method!r} averages what clients measured "
             'along shared directions, which stands for the mean of their steps only with client.optimizer="sgd".'
         )
+    _check_privacy(config, method)
+    return method
+
+
+def _check_privacy(config: RunConfig, method: Method) -> None:
     if config.privacy.mode == "central" and (method.send, method.seeds) == ("log", "own"):
         raise SpryError(
             f"privacy.mode='central': method={config.method!r} sends every client the slopes of each other one "
             '(send="log"), measured along directions of its own, so no sum of them could carry the noise. Use '
             'privacy.mode="local", or send="weights", or method="decomfl", whose clients share their directions.'
         )
-    return method
+    threshold = config.client.variance_threshold
+    if config.privacy.unit == "example" and method.pick.needs_update and threshold:
+        raise SpryError(
+            f"privacy.unit='example': method={config.method!r} uses as many directions as the rows' own slopes ask for "
+            f"(client.variance-threshold={threshold:g}), which tells of them without noise. Set "
+            'client.variance-threshold=0, which always uses client.directions, or privacy.unit="client".'
+        )
 
 
 def _find(name: str) -> Method:

@@ -1,6 +1,7 @@
 """The update that scalars stand for: client and server both come here, so they get the same bits."""
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,12 @@ def local_optimizer(start: Tensors, units: Mapping[str, Sequence[str]], config: 
 def local_steps(method: Method, config: ClientConfig) -> int:
     """Local steps a round where their number is fixed; 0 where it follows from the epochs and the shard."""
     return config.local_steps or (0 if method.reply == "weights" else 1)
+
+
+def passes(rows: int, method: Method, config: ClientConfig) -> int:
+    """In how many batches of a task each of a client's rows is at the most: it is in one of each pass."""
+    steps = local_steps(method, config)
+    return math.ceil(steps / math.ceil(max(1, rows) / config.batch_size)) if steps else config.local_epochs
 
 
 def exact_names(units: Mapping[str, Sequence[str]], method: Method, head_gradient: str) -> set[str]:

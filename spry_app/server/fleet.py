@@ -91,9 +91,13 @@ class Fleet:
         drawn = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed))).permutation(len(nodes))[:count]
         return [nodes[index] for index in sorted(drawn.tolist())]
 
-    def memory_mib(self, nodes: list[int]) -> list[float]:
+    def memory_mib(self, nodes: Sequence[int]) -> list[float]:
         """What a training step may take on each of these available nodes, MiB; 0.0 where it has not said."""
         return [self.introductions[node].memory_mib for node in nodes]
+
+    def examples(self, nodes: Sequence[int]) -> list[int]:
+        """How many rows each of these available nodes trains on, as it says."""
+        return [self.introductions[node].examples for node in nodes]
 
     def digest(self, node: int) -> str:
         """Of the tensors that this available node starts from."""

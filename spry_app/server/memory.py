@@ -20,7 +20,8 @@ def step_peaks(adapted: AdaptedModel, rows: Encoded, config: RunConfig, method: 
     client = config.client
     indices = range(min(client.batch_size, len(rows)))
     seed, tensors = Seed(run=config.seed, round=0, client=0, step=0), adapted.tensors()
-    batch = batch_of(adapted, rows, indices, client.micro_batch, seed)
+    most = config.most_rows_at_once
+    batch = batch_of(adapted, rows, indices, min(client.micro_batch or most, most), seed)
 
     def peak(gradient: Gradient, exact: Set[str]) -> float:
         step = functools.partial(

@@ -1,138 +1,29 @@
 """What a run promises of its clients' rows, round by round: who is drawn, what the mean is made of, what it has cost.
-The mechanism is in the room `privacy`, the arithmetic of epsilon in accountant.py; what clients do is in their room.
+The mechanism is in the room `privacy`, the count in guard.py; what clients do is in their room.
 """
 
 import dataclasses
 import itertools
-import math
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from logging import INFO
 from pathlib import Path
 
 import torch
 from flwr.app import ArrayRecord
-from flwr.common.logger import log
 
 from spry_app.autodiff.directions import Tensors
 from spry_app.config import RunConfig
-from spry_app.errors import SpryError
 from spry_app.methods import Method
 from spry_app.methods.global_state import GlobalState, mean_change
+from spry_app.methods.replay import passes
 from spry_app.privacy import Secret, bounded, noisy
-from spry_app.protocol import Task, TrainReply
-from spry_app.server.accountant import Release, accounting, epsilon
+from spry_app.protocol import Task
+from spry_app.server.accountant import Release
+from spry_app.server.fleet import Fleet
+from spry_app.server.guard import Accepted, Accounted, Changes, Guard
 from spry_app.server.record import Recorder
-from spry_app.server.stopping import Stopped
 from spry_app.slope_log import Entry, Measured
-
-Accepted = list[tuple[Task, TrainReply]]
-Changes = Sequence[tuple[Tensors, int]]
-
-
-class Guard:
-    """Promises nothing, and leaves everything as it is."""
-
-    logs_slopes = True
-    """Whether the scalars of a round may be written down."""
-
-    def __init__(
-        self, config: RunConfig, method: Method, state: GlobalState, units: Mapping[str, Sequence[str]], to: Recorder
-    ) -> None:
-        self.config, self.method, self.state, self.units, self.recorder = config, method, state, units, to
-
-    def order(self, round_: int, nodes: int) -> list[int] | None:
-        """Of the nodes, from which the first so many are drawn; None where the seed of the run draws them."""
-        return None
-
-    def begin(self, tasks: Mapping[int, Task], nodes: int, arrays: ArrayRecord, alike: bool) -> None:
-        """Before a round's tasks are sent. nodes: from which their clients were drawn. alike: their tasks do not depend
-        on which of them those are. arrays: with which the run ends if the round would be one too many.
-        """
-
-    def replies(self, accepted: Accepted) -> Accepted:
-        """As they enter the mean."""
-        return accepted
-
-    def released(self, entry: Entry) -> Entry:
-        """The scalars of the round as the mean is made of them and clients may see them."""
-        return entry
-
-    def mean(self, accepted: Accepted, as_they_are: Changes, rebuilt: Changes) -> Tensors:
-        """Of the clients' changes. rebuilt: by the scalars, of those clients or groups that have any."""
-        return mean_change(as_they_are) | mean_change(rebuilt)
-
-
-class Accounted(Guard):
-    """Counts what rounds cost. Every client has one vote, as it has one bound."""
-
-    def __init__(
-        self, config: RunConfig, method: Method, state: GlobalState, units: Mapping[str, Sequence[str]], to: Recorder
-    ) -> None:
-        super().__init__(config, method, state, units, to)
-        accounting()  # a run that could not say what it costs does not begin
-        self.releases = self.before()
-        self.multiplier = config.privacy.noise_multiplier / (2 * math.sqrt(self._parts()))
-
-    def _parts(self) -> int:
-        """Kinds of numbers with a bound of their own. Two, each with noise in units of its bound, are one mechanism
-        whose bound is sqrt(2) of them.
-        """
-        return 2 if self.method.reply == "slopes" and self.state.exact else 1
-
-    def before(self) -> list[Release]:
-        """What a run that goes on has cost."""
-        raise NotImplementedError
-
-    def release(self, nodes: int, clients: int, alike: bool) -> Release:
-        raise NotImplementedError
-
-    def begin(self, tasks: Mapping[int, Task], nodes: int, arrays: ArrayRecord, alike: bool) -> None:
-        now, privacy = self.recorder.current, self.config.privacy
-        release = self.release(nodes, len(tasks), alike)
-        spent, most = self._epsilon([*self.releases, release]), privacy.max_epsilon
-        reason = f"privacy.max-epsilon {most:g} does not allow"
-        if most and spent > most:
-            if not self.releases:
-                raise SpryError(
-                    f"The first round has an epsilon of {spent:.4g}, more than privacy.max-epsilon={most:g}: raise "
-                    f"privacy.noise-multiplier (now {privacy.noise_multiplier:g}) or the limit."
-                )
-            self.recorder.stopped = self.recorder.stopped or f"{reason} round {now.round}"
-            raise Stopped(self.recorder.stopped, arrays)
-        if not self.recorder.promised:
-            self._promise(release, now.round)
-        self.releases.append(release)
-        now.epsilon, now.sampled_from = spent, release.population
-        if most and self._epsilon([*self.releases, release]) > most:
-            self.recorder.stopped = self.recorder.stopped or f"{reason} another round after {now.round}"
-
-    def _promise(self, release: Release, round_: int) -> None:
-        """Say what the run will have cost in the end."""
-        privacy, rounds = self.config.privacy, self.config.num_server_rounds
-        left = rounds - round_ + 1
-        after = self._epsilon([*self.releases, *[release] * left])
-        shares = f"{release.clients} of {release.population} clients a round, drawn secretly"
-        self.recorder.promised = (
-            f"privacy.mode={privacy.mode!r}: epsilon {after:.4g} at delta {privacy.delta:g} after {rounds} rounds, for "
-            "any two data sets that differ in one client ("
-            + (shares if release.clients < release.population else "each counted as if it took part in every round")
-            + ")."
-        )
-        log(INFO, "%s", self.recorder.promised)
-        if privacy.delta * release.population >= 1:
-            self.recorder.warn(
-                f"privacy.delta={privacy.delta:g} is not below one over the number of clients ({release.population}): "
-                "a mechanism that publishes one client's rows would pass."
-            )
-
-    def _epsilon(self, releases: Sequence[Release]) -> float:
-        return epsilon(releases, self.multiplier, self.config.privacy.delta)
-
-    def replies(self, accepted: Accepted) -> Accepted:
-        self.recorder.current.train_loss = None  # clients keep theirs
-        return [(task, dataclasses.replace(reply, examples=1)) for task, reply in accepted]
 
 
 class Local(Accounted):
@@ -148,18 +39,58 @@ class Local(Accounted):
 
     @property
     def _asked(self) -> Path:
-        """How many clients were asked, a line for each time."""
+        """How many clients were asked, a line for each round that was begun."""
         return self.recorder.folder / "asked.txt"
 
-    def release(self, nodes: int, clients: int, alike: bool) -> Release:
+    def release(self, clients: int, nodes: Sequence[int], fleet: Fleet) -> Release:
         return Release(clients, clients)
 
-    def begin(self, tasks: Mapping[int, Task], nodes: int, arrays: ArrayRecord, alike: bool) -> None:
-        super().begin(tasks, nodes, arrays, alike)
+    def begin(self, tasks: Mapping[int, Task], nodes: Sequence[int], arrays: ArrayRecord, fleet: Fleet) -> None:
+        super().begin(tasks, nodes, arrays, fleet)
         with self._asked.open("a") as file:
-            file.write(f"{len(tasks)}\n")
+            file.write(f"{self._line(self.releases[-1])}\n")
             file.flush()
             os.fsync(file.fileno())
+
+    def _line(self, release: Release) -> int:
+        return release.clients
+
+
+class Examples(Local):
+    """Clients have added the noise in each of their steps, to what their rows say one by one. A row is in one batch of
+    each pass over its client's rows; all count as if in every round they were asked, and rows of the smallest client.
+
+    The order of batches follows from the seed of the run, so that a row is not hidden among those not drawn. How many
+    rows a client has is public: they are its weight.
+    """
+
+    unit = "example"
+
+    def before(self) -> list[Release]:
+        return [Release(1, 1, release.clients) for release in super().before()]
+
+    def _parts(self) -> int:
+        return 2 if self.state.exact else 1
+
+    def release(self, clients: int, nodes: Sequence[int], fleet: Fleet) -> Release:
+        rows = fleet.examples(nodes)
+        return Release(sum(rows), sum(rows), passes(min(rows), self.method, self.config.client))
+
+    def counted(self, release: Release) -> str:
+        batches = "one batch" if release.times == 1 else f"{release.times} batches"
+        return f"each counted as if it were in {batches} of every round"
+
+    def begin(self, tasks: Mapping[int, Task], nodes: Sequence[int], arrays: ArrayRecord, fleet: Fleet) -> None:
+        super().begin(tasks, nodes, arrays, fleet)
+        self.recorder.current.sampled_from = len(tasks)
+
+    def replies(self, accepted: Accepted) -> Accepted:
+        self.recorder.current.train_loss = None  # clients keep theirs
+        return accepted
+
+    def _line(self, release: Release) -> int:
+        """A row's batches in the round take the place of clients."""
+        return release.times
 
 
 class Central(Accounted):
@@ -189,11 +120,12 @@ class Central(Accounted):
     def order(self, round_: int, nodes: int) -> list[int] | None:
         return self._secret.order(nodes, "order", round_)
 
-    def release(self, nodes: int, clients: int, alike: bool) -> Release:
-        return Release(nodes if alike else clients, clients)
+    def release(self, clients: int, nodes: Sequence[int], fleet: Fleet) -> Release:
+        alike = len(set(fleet.memory_mib(nodes))) <= 1  # else tasks depend on which clients were drawn
+        return Release(len(nodes) if alike else clients, clients)
 
-    def begin(self, tasks: Mapping[int, Task], nodes: int, arrays: ArrayRecord, alike: bool) -> None:
-        super().begin(tasks, nodes, arrays, alike)
+    def begin(self, tasks: Mapping[int, Task], nodes: Sequence[int], arrays: ArrayRecord, fleet: Fleet) -> None:
+        super().begin(tasks, nodes, arrays, fleet)
         self._tasks = list(tasks.values())
 
     def replies(self, accepted: Accepted) -> Accepted:
@@ -237,8 +169,13 @@ class Central(Accounted):
         return {name: (value / asked[name]).float() for name, value in told.items()}
 
 
-GUARDS: dict[str, Callable[..., Guard]] = {"": Guard, "local": Local, "central": Central}
-"""privacy.mode -> what keeps its promise on the server."""
+GUARDS: dict[tuple[str, str], Callable[..., Guard]] = {
+    ("", "client"): Guard,
+    ("local", "client"): Local,
+    ("local", "example"): Examples,
+    ("central", "client"): Central,
+}
+"""privacy.mode and privacy.unit -> what keeps the promise on the server."""
 
 
 def _group(measured: Measured) -> tuple[int, tuple[int, ...]]:

@@ -73,7 +73,7 @@ class SpryStrategy(Strategy):
         self.fleet = Fleet(config.server, fingerprint, frame, recorder.sent)
         self.state = GlobalState(tensors, units, method, config)
         self.downlink = DOWNLINKS[method.send](self.state)
-        self.guard = GUARDS[config.privacy.mode](config, method, self.state, units, recorder)
+        self.guard = GUARDS[config.privacy.mode, config.privacy.unit](config, method, self.state, units, recorder)
         if method.reply == "slopes" and self.guard.logs_slopes:
             recorder.log_slopes(units, fingerprint, self.state.digest())
         self.update: Tensors = {}
@@ -129,7 +129,7 @@ class SpryStrategy(Strategy):
             for index, (node, units, seat) in enumerate(zip(clients.nodes, clients.units, seats_of, strict=True))
         }
         self.recorder.asked(self.tasks, self.units, self.fleet.introductions)
-        self.guard.begin(self.tasks, len(nodes), arrays, alike=len(set(self.fleet.memory_mib(nodes))) <= 1)
+        self.guard.begin(self.tasks, nodes, arrays, self.fleet)
         if server_round == self.rounds_before + 1:
             self.recorder.warn(too_noisy(self.config, self.state, self.method, self.tasks.values()))
         return self._messages(self.tasks, TRAIN)
