@@ -97,7 +97,7 @@ def adapted(keys: Mapping[str, Any]) -> set[str]:
     shape = {"num_hidden_layers": 6, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16}
     base = BertForSequenceClassification(BertConfig(vocab_size=32, **shape))
     config = AdapterConfig.model_validate({"targets": keys.get(TARGETS, "")})
-    model = attach(base, config, ("classifier",), "bert", "")
+    model = attach(base, config, ("classifier",), "bert", "", "SEQ_CLS")
     return {name for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
