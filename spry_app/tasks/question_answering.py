@@ -18,7 +18,7 @@ from spry_app.errors import SpryError
 from spry_app.tasks import squad
 from spry_app.tasks.columns import dealt_by, missing_field, require, text, whole
 from spry_app.tasks.encoded import IGNORED, Encoded
-from spry_app.tasks.task import LearningTask, Model, Names, Sums
+from spry_app.tasks.task import LearningTask, Model, Names, Sums, part, within
 from spry_app.tasks.windows import Offsets, room_for_question, shortened, windows
 
 _NOTHING = float("-inf")
@@ -216,11 +216,11 @@ QUESTION_ANSWERING = LearningTask(
     judge=_judge,
     sums=dict.fromkeys(squad.totals((), ()), (0, 1)),
     metrics={
-        "exact": lambda sums: sums["exact"] / sums["questions"],
-        "f1": lambda sums: sums["f1"] / sums["questions"],
-        "answerable-exact": lambda sums: sums["answerable-exact"] / sums["answerable-questions"],
-        "answerable-f1": lambda sums: sums["answerable-f1"] / sums["answerable-questions"],
-        "unanswerable-exact": lambda sums: (
+        "exact": part("exact", "questions"),
+        "f1": part("f1", "questions"),
+        "answerable-exact": part("answerable-exact", "answerable-questions"),
+        "answerable-f1": part("answerable-f1", "answerable-questions"),
+        "unanswerable-exact": lambda sums: within(
             (sums["exact"] - sums["answerable-exact"]) / (sums["questions"] - sums["answerable-questions"])
         ),
     },

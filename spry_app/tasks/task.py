@@ -35,6 +35,16 @@ class Model(Protocol):
         """The same, not yet summed: the loss of each token, and whether it is the likeliest; (rows, tokens) each."""
 
 
+def part(amount: str, whole: str) -> Metric:
+    """`amount` of `whole`: from 0 to 1, whatever nodes say within the bounds of their sums."""
+    return lambda sums: within(sums[amount] / sums[whole])
+
+
+def within(value: float) -> float:
+    """From 0 to 1."""
+    return min(max(value, 0.0), 1.0)
+
+
 def _no_names(_config: DataConfig) -> Names:
     return ()
 
