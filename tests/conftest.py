@@ -18,7 +18,36 @@ from benchmarks.local_grid import identify
 SHARED_DATA = Path(__file__).parent.parent.parent / "shared" / "data"
 
 
+DAILY = {
+    "test_every_method.py::test_a_federation_learns": {"spry", "decomfl", "fedspzo"},
+    "test_every_method.py::test_the_same_seed_gives_the_same_bits_though_a_reply_is_missing_and_one_is_broken": {
+        "spry",
+        "spry-per-iteration",
+        "fwdllm",
+    },
+    "test_resume.py::test_a_resumed_run_is_the_uninterrupted_one_to_the_bit": {"spry", "decomfl", "fedavg"},
+    "test_privacy_in_rounds.py::test_every_method_runs_with_it_or_says_why_not": {"spry-central", "fedspzo-local"},
+    "test_privacy_by_example.py::test_every_method_runs_with_it_or_says_why_not": {"spry", "fedavg", "fedspzo"},
+    "test_noise_in_rounds.py::test_every_round_says_how_much_of_it_was_noise": {"spry", "fedavg"},
+    "test_subspace_runs.py::test_a_run_is_resumed_and_rebuilt_to_the_byte": {"singular"},
+    "test_subspace_runs.py::test_a_round_of_every_method_changes_every_coordinate": {
+        "spry-shared",
+        "decomfl-core",
+        "spry-per-iteration-singular",
+    },
+    "test_given.py::test_a_run_goes_on_from_the_adapter_of_another": {"lora", "prefix"},
+    "test_export.py::test_an_adapter_and_its_merge_give_the_last_evaluation_of_the_run": {"lora", "core"},
+}
+"""Contracts over a whole table, each a run or two a row: the rows of them that are not slow."""
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        file, _, test = item.nodeid.rpartition("/")[2].partition("::")
+        name, _, row = test.partition("[")
+        if row and row.rstrip("]") not in DAILY.get(f"{file}::{name}", {row.rstrip("]")}):
+            item.add_marker(pytest.mark.slow)
     missing = {
         "gpu": not torch.cuda.is_available() and "needs a CUDA device",
         "network": os.environ["HF_HUB_OFFLINE"] == "1" and "needs the Hub: set HF_HUB_OFFLINE=0",

@@ -60,6 +60,7 @@ def test_rows_for_step_sizes_come_from_the_training_file_and_are_not_trained_on(
     assert plan.split.test == folder / "sst2" / "validation.jsonl"
 
 
+@pytest.mark.slow
 def test_the_search_does_without_the_evaluation_file(plan: Plan, tmp_path: Path) -> None:
     blind = dataclasses.replace(plan, split=dataclasses.replace(plan.split, test=tmp_path / "absent.jsonl"))
     steps = Steps(Cells(tmp_path / "cells", 0, "this"), blind)
@@ -73,6 +74,7 @@ def test_the_search_does_without_the_evaluation_file(plan: Plan, tmp_path: Path)
     assert adapter["chosen"] == found["fedavg"]["client.learning-rate"]
 
 
+@pytest.mark.slow
 def test_a_comparison_goes_on_where_it_was(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = "--rounds 3 --evaluations 1 --nodes 4 --clients 2 --train-rows 48 --choice-rows 16 --jobs 0 --alpha iid"
     keys = [f"model.name={folder / 'tiny'}", "adapter.targets=", "client.directions=2"]

@@ -23,6 +23,7 @@ def run_config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return tiny_run(tmp_path_factory.mktemp("tiny")) | {"assign": "by-depth"}
 
 
+@pytest.mark.slow
 def test_the_weakest_box_always_holds_the_top_while_the_federation_learns(run_config: dict, tmp_path: Path) -> None:
     """The head is dealt too: of 64, 64, 64, 64 and 66 values, 128 + 128 + 66 is the most even cut into three bands."""
     keys = {"head": "split", "client.local-steps": 4, "client.directions": 4, "client.learning-rate": 0.2}

@@ -167,6 +167,7 @@ def test_what_enters_the_lowest_trained_block_is_kept_for_this_task_too(run_conf
         torch.testing.assert_close(on[name], value, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_budget_of_memory_is_kept_and_one_that_is_too_small_is_refused(run_config: dict, tmp_path: Path) -> None:
     small = {"num-server-rounds": 1, "client.batch-size": 2}
     done = run(run_config | {"client.memory-budget-mib": 8} | small, tmp_path / "enough")

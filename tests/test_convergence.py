@@ -210,6 +210,7 @@ def test_a_row_with_a_failed_seed_is_not_read() -> None:
     }
 
 
+@pytest.mark.slow
 def test_a_comparison_ends_with_the_goals_and_leaves_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_checkpoint(tmp_path / "tiny")
     (tmp_path / "ag_news").mkdir()

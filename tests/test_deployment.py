@@ -40,6 +40,7 @@ def deploy(
     )
 
 
+@pytest.mark.slow
 def test_two_nodes_with_data_of_their_own_train_one_model(tmp_path: Path, temporary: Path) -> None:
     make_checkpoint(tmp_path / "tiny")
     files = [make_rows(tmp_path / f"node-{node}.jsonl", 64, offset=1000 * node) for node in range(2)]
@@ -63,6 +64,7 @@ def test_two_nodes_with_data_of_their_own_train_one_model(tmp_path: Path, tempor
     assert list(temporary.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_failed_deployment_exits_with_1_and_says_why(tmp_path: Path, temporary: Path) -> None:
     """Both nodes refuse their file: it has no such label field."""
     make_checkpoint(tmp_path / "tiny")

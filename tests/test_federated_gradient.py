@@ -17,6 +17,7 @@ from spry_app.tasks import classification
 CLIENTS, ROUNDS = 3, 150
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "head_gradient"), [("spry", "forward"), ("spry-per-iteration", "exact")])
 def test_the_mean_of_many_rounds_is_backprops_gradient_within_five_standard_errors(
     method: str, head_gradient: str, tmp_path: Path

@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
+import pytest
+
 from benchmarks.message import CASES, measure
 
 
+@pytest.mark.slow
 def test_every_kind_of_message_is_answered_and_a_warm_worker_takes_no_memory_of_the_process(tmp_path: Path) -> None:
     found = measure(tmp_path, rounds=1)
     assert found.keys() == CASES.keys()

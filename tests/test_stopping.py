@@ -60,6 +60,7 @@ def test_a_run_that_reaches_a_limit_is_the_shorter_run(
     assert same(ended, adapter)
 
 
+@pytest.mark.slow
 def test_a_target_ends_the_run_in_the_round_that_reaches_it(run_config: dict, tmp_path: Path) -> None:
     keys = {"server.evaluate-every": 1, "client.learning-rate": 0.2, "client.local-steps": 4, "method": "fedavg"}
     keys |= {"num-server-rounds": 8}

@@ -148,6 +148,7 @@ def _train(grid: LocalGrid, made: Federation, **changed: Any) -> Message:
     return reply
 
 
+@pytest.mark.slow
 def test_a_worker_killed_in_the_middle_fails_that_message_alone(tmp_path: Path, node: Place) -> None:
     run = tiny_run(tmp_path) | {"client.directions": 512, "client.directions-at-once": 256}
     made, grid = Federation(tmp_path / "run", run), LocalGrid(2, run)
