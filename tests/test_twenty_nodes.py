@@ -1,5 +1,6 @@
 """Twenty SuperNode processes with a worker each, as on twenty boxes, on loopback with a tiny model."""
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ def crowd() -> Iterator[Ground]:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif("SPRY_LOAD" not in os.environ, reason="takes 10 GiB and many minutes: set SPRY_LOAD=1")
 def test_twenty_nodes_train_one_model_with_warm_workers(crowd: Ground) -> None:
     run = crowd.submit(
         **{
