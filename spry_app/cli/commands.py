@@ -178,6 +178,25 @@ def export_command(
     print(f"The model is in {output}: {loaded}")
 
 
+@app.command("mean-pool")
+def mean_pool_command(
+    model: Annotated[str, typer.Argument(help="As model.name: a sentence encoder of the families BERT and RoBERTa.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to write into: absent or empty. Then model.name.")],
+) -> None:
+    """Give a sentence encoder (all-MiniLM, E5, GTE) one more block, so that its classifier sees the mean of all tokens.
+
+    What is written is a plain checkpoint. Exit status: 0, or 2 where that cannot be done.
+    """
+    from spry_app.models.pooling import write_mean_pooled
+
+    try:
+        write_mean_pooled(model, folder)
+    except SpryError as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(2) from None
+    print(f"Train it with --run-config 'model.name=\"{folder}\"'")
+
+
 @app.command("doctor")
 def doctor_command(
     device: Annotated[str, typer.Option(help="As model.device of a run.")] = "auto",
