@@ -69,6 +69,10 @@ def test_only_the_shell_knows_flower() -> None:
     assert knows <= MAY_IMPORT_FLOWER
 
 
+def test_only_the_command_line_reads_arguments_and_ends_the_process() -> None:
+    assert {room(path) for path in FILES if any(name.split(".")[0] == "typer" for name in imports(path))} == {"cli"}
+
+
 def test_the_numerical_core_needs_neither_flower_nor_transformers() -> None:
     roots = {name.split(".")[0] for path in FILES if room(path) == "autodiff" for name in imports(path)}
     assert not roots & {"flwr", "transformers", "peft", "pydantic", "bitsandbytes"}

@@ -12,8 +12,8 @@ from rich.markup import escape
 from rich.padding import Padding
 
 from spry_app.cli.data import data
-from spry_app.cli.shared import RunConfigOption, tell
-from spry_app.deploy.commands import app as deploy
+from spry_app.cli.deploy import deploy
+from spry_app.cli.shared import RunConfigOption, refusals, tell
 from spry_app.errors import SpryError
 
 app = typer.Typer(
@@ -66,7 +66,7 @@ def run_command(
     from spry_app.launcher.settings import Simulation, resumed_nodes
     from spry_app.launcher.simulation import run
 
-    try:
+    with refusals():
         simulation = Simulation(
             app=app_dir,
             nodes=nodes or (resumed_nodes(resume) if resume else 10),
@@ -77,11 +77,7 @@ def run_command(
             resume=resume,
             verbose=verbose,
         )
-        status = run(simulation, Console())
-    except SpryError as error:
-        print(error, file=sys.stderr)
-        status = 2
-    raise typer.Exit(status)
+        raise typer.Exit(run(simulation, Console()))
 
 
 @app.command("rebuild")
@@ -96,11 +92,8 @@ def rebuild_command(
     """
     from spry_app.server.rebuild import rebuild
 
-    try:
+    with refusals():
         round_ = rebuild(log, output, model)
-    except SpryError as error:
-        print(error, file=sys.stderr)
-        raise typer.Exit(2) from None
     print(f"The adapter after round {round_} is in {output}")
 
 
@@ -149,11 +142,8 @@ def report_command(
     from spry_app.report import REPORT, render, write
 
     path = out or Path(folders[0] if len(folders) == 1 else ".", REPORT)
-    try:
+    with refusals(OSError):
         write(render(folders, target), path)
-    except (SpryError, OSError) as error:
-        print(error, file=sys.stderr)
-        raise typer.Exit(2) from None
     print(path)
 
 
@@ -165,16 +155,16 @@ def export_command(
     model: Annotated[str, typer.Option(help="Local copy of the base model, in place of the one that is named.")] = "",
     force: Annotated[bool, typer.Option("--force", help="Replace all that is in OUTPUT.")] = False,
 ) -> None:
-    """Merge an adapter into its base model, for transformers alone. Pushes nowhere."""
+    """Merge an adapter into its base model, for transformers alone. Pushes nowhere.
+
+    Exit status: 0, or 2 where it cannot be merged or OUTPUT is not empty.
+    """
     from spry_app.server.export import DTYPES, export
 
-    try:
+    with refusals():
         if dtype not in DTYPES:
             raise SpryError(f"--dtype is {dtype!r}; allowed are {', '.join(DTYPES)}.")
         loaded = export(source, output, dtype, model, force)
-    except SpryError as error:
-        print(error, file=sys.stderr)
-        raise typer.Exit(2) from None
     print(f"The model is in {output}: {loaded}")
 
 
@@ -227,13 +217,10 @@ def worker_command(
     from spry_app.worker.place import Place, default_place
 
     place = Place(socket.expanduser().absolute()) if socket else default_place()
-    try:
+    with refusals():
         if not (status or stop):
             raise typer.Exit(live(place, idle_s, code, descriptors))
         found = health(place) if status else place.stop()
-    except SpryError as error:
-        print(error, file=sys.stderr)
-        raise typer.Exit(2) from None
     if not found:
         print(f"No worker at {place.socket}", file=sys.stderr)
     elif status:
