@@ -8,13 +8,14 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "spry_app"
-LEAVES = {"config", "errors", "findings"}
+LEAVES = {"atomic", "config", "errors", "findings"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
+    "atomic": set(),
     "findings": set(),
     "config": {"errors"},
     "autodiff": set(),
-    "slope_log": {"errors"},
+    "slope_log": {"atomic", "errors"},
     "plugins": {"errors"},
     "protocol": {"errors", "slope_log"},
     "privacy": {"errors", "autodiff"},

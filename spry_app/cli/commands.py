@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
 
+from spry_app.atomic import write_whole
 from spry_app.cli.data import data
 from spry_app.cli.deploy import deploy
 from spry_app.cli.shared import RunConfigOption, refusals, tell
@@ -139,11 +140,11 @@ def report_command(
 
     Exit status: 0, or 2 where a folder is not one of a run.
     """
-    from spry_app.report import REPORT, render, write
+    from spry_app.report import REPORT, render
 
     path = out or Path(folders[0] if len(folders) == 1 else ".", REPORT)
     with refusals(OSError):
-        write(render(folders, target), path)
+        write_whole(path, render(folders, target))
     print(path)
 
 
