@@ -36,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "launcher": LEAVES | {"report"},
     "deploy": LEAVES | {"launcher"},
     "doctor": LEAVES | {"autodiff", "client", "methods", "models"},
-    "cli": LEAVES | {"data", "deploy", "doctor", "launcher", "report", "server", "worker"},
+    "cli": LEAVES | {"data", "deploy", "doctor", "launcher", "models", "report", "server", "worker"},
 }
 MAY_IMPORT_FLOWER = {"protocol", "client", "server", "launcher", "data", "worker"}
 FORBIDDEN_NAMES = {"utils", "common", "helpers", "core", "misc"}
