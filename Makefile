@@ -1,4 +1,4 @@
-# Two commands: `make run`, `make test`. Everything is installed into .venv.
+# Two commands: `make run`, `make test`. Everything is installed into .venv, or by `make install` alone.
 SHELL  := /bin/bash
 PYTHON ?= python3
 # The torch to install first, so that nothing else chooses one. A build for CPU only, on Linux:
@@ -10,10 +10,11 @@ ARGS   ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help run test test-deploy check bench format clean
+.PHONY: help install run test test-deploy check bench format clean
 .DEFAULT_GOAL := help
 
 help:
+	@echo "make install     install all of it into .venv"
 	@echo "make run         fine-tune a language model on ten virtual devices (ARGS='...' for spry run)"
 	@echo "make test        run the tests, but for the slow ones"
 	@echo "make test-deploy break a server and nodes on loopback, and see what comes of it (ARGS='--only NAME')"
@@ -21,6 +22,8 @@ help:
 	@echo "make bench       what does a step cost in time and memory? (ARGS='--help' for benchmarks.step)"
 	@echo "make format      format the code"
 	@echo "make clean       remove .venv, caches and outputs"
+
+install: .venv/installed
 
 run: .venv/installed
 	@$(BIN)/spry run $(ARGS)

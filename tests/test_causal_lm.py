@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from peft import PeftModel
-from tiny_causal import CHATML, FAMILIES, byte_tokenizer, causal_checkpoint, encode, learned
+from tiny_causal import FAMILIES, byte_tokenizer, causal_checkpoint, encode, learned, turns, whole
 from transformers import PreTrainedTokenizerFast
 
 from spry_app.autodiff.directions import Seed, direction
@@ -25,15 +25,6 @@ from spry_app.tasks.packing import bins
 TASK = TASKS["causal-lm"]
 SEED = Seed(run=0, round=1, client=2, step=0)
 PLAIN = "### User:\n{}\n\n### Assistant:\n{}</s>"
-
-
-def turns(*said: tuple[str, str]) -> Dataset:
-    rows = [[{"role": role, "content": text, "answer": role == "assistant"} for role, text in said]]
-    return Dataset.from_dict({"turns": rows})
-
-
-def whole(rows: Encoded, row: int = 0) -> str:
-    return str(rows.tokenizer.decode(rows.features["input_ids"][row]))
 
 
 def reference(pieces: list[tuple[str, bool]], tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
@@ -53,19 +44,6 @@ def test_only_answers_count_and_the_mark_that_ends_each() -> None:
     ids, labels = reference(pieces, byte_tokenizer())
     assert rows.features["input_ids"] == [ids] and rows.targets["labels"] == [labels]
     assert rows.terms == [sum(label != IGNORED for label in labels)] and (rows.cut, rows.dropped) == (0, 0)
-
-
-def test_with_a_chat_template_the_tokens_are_those_that_transformers_marks() -> None:
-    said = [("system", "Be brief."), ("user", "Hi?"), ("assistant", "Yes."), ("user", "More"), ("assistant", "No")]
-    rows = encode(turns(*said), template=CHATML, max_length=200)
-    theirs = byte_tokenizer(CHATML).apply_chat_template(
-        [{"role": role, "content": text} for role, text in said],
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-    )
-    assert rows.features["input_ids"] == [theirs["input_ids"]]
-    assert [label != IGNORED for label in rows.targets["labels"][0]] == [m == 1 for m in theirs["assistant_masks"]]
-    assert learned(rows) == "Yes.<|im_end|>No<|im_end|>"
 
 
 def test_a_template_that_writes_earlier_turns_otherwise_gives_a_row_an_answer() -> None:

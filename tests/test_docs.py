@@ -1,19 +1,20 @@
-"""What the pages say exists: links and their places, commands of the program, keys and values of a run."""
+"""What the pages say exists: links, places, pictures, commands of the program, keys and values of a run."""
 
 import re
 import shlex
 import tomllib
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import typer.main
 import yaml
+from pages import DOCS, ROOT
 
 from spry_app.cli import app
 from spry_app.config import RunConfig
 
-ROOT = Path(__file__).parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md")])
 PROGRAM = typer.main.get_command(app)
 
 
@@ -22,22 +23,53 @@ def named(page: Path) -> str:
 
 
 def places(page: Path) -> set[str]:
-    """Anchors of a page's headings, as GitHub makes them."""
-    heads = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
-    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+    """Anchors of a page's headings, as GitHub makes them: one that comes again has a number."""
+    found: list[str] = []
+    for head in re.findall(r"^#+ (.+)$", prose(page), re.M):
+        text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", head)
+        found.append(re.sub(r"[^\w\- ]", "", text.strip().lower()).replace(" ", "-"))
+    return {name + (f"-{again}" if (again := found[:at].count(name)) else "") for at, name in enumerate(found)}
+
+
+def prose(page: Path) -> str:
+    """The page without its blocks of code, in which a # begins no heading and a bracket no link."""
+    return re.sub(r"^( *)```.*?^\1```", "", page.read_text(), flags=re.M | re.S)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
-def test_every_link_leads_somewhere(page: Path) -> None:
-    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
-    for link in re.findall(r"\]\(([^)\s]+)\)", prose):
+def test_every_link_and_every_picture_leads_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`]*`", "", prose(page))):
         if re.match(r"\w+:", link):
+            assert link.startswith(("https://", "mailto:")), link
             continue
         path, _, place = link.partition("#")
         target = (page.parent / path).resolve() if path else page
         assert target.exists(), link
         assert target.is_relative_to(ROOT), link
         assert not place or place in places(target), link
+    assert not re.findall(r"\]\[|^\[[^]]+\]: |<(?:img|a) ", prose(page), re.M), "a link that is not looked at above"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_a_picture_says_in_words_what_it_shows_and_is_one(page: Path) -> None:
+    for words, path in re.findall(r"!\[([^]]*)\]\(([^)\s]+)\)", prose(page)):
+        assert len(words) > 10, path
+        content = (page.parent / path).read_bytes()
+        if path.endswith(".svg"):
+            picture = ElementTree.fromstring(content)
+            assert {part.tag.rpartition("}")[2] for part in picture.iter()}.isdisjoint(
+                {"script", "image", "foreignObject"}
+            )
+            assert "prefers-color-scheme: dark" in content.decode()
+        else:
+            assert content.startswith(b"\x89PNG")
+
+
+def test_the_readme_says_of_every_page_what_it_is_for_and_there_is_no_picture_that_nobody_shows() -> None:
+    (table,) = re.findall(r"^## Where to read on\n(.*?)^## ", (ROOT / "README.md").read_text(), re.M | re.S)
+    assert set(re.findall(r"\]\(([^)]+)\)", table)) == {named(page) for page in PAGES} - {"README.md"}
+    shown = {path for page in PAGES for path in re.findall(r"!\[[^]]*\]\((?:docs/)?([^)]+)\)", page.read_text())}
+    assert {path.name for path in DOCS.iterdir() if path.suffix != ".md"} == shown
 
 
 def commands() -> list[tuple[str, str]]:
@@ -47,8 +79,7 @@ def commands() -> list[tuple[str, str]]:
         text = page.read_text()
         blocks = "\n".join(re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)).replace("\\\n", " ")
         lines = [line.removeprefix("$ ") for line in blocks.splitlines()]
-        prose = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
-        inline = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose)]
+        inline = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose(page))]
         found += [(named(page), each) for each in lines + inline if each.startswith("spry ")]
     return found
 

@@ -17,6 +17,7 @@ from datasets import load_dataset
 from federation import LocalGrid, make_checkpoint, make_rows, same
 from flwr.app import Context, RecordDict
 from left_running import left_running
+from pages import DOCS, write_files
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -28,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 ROUNDS = 3
 NODES = 4
 OWN = "my_method:paired"
-"""The README's: scalars both ways."""
+"""Of docs/extending.md: scalars both ways."""
 
 
 @pytest.fixture(scope="module")
@@ -38,15 +39,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_rows(folder / "train.jsonl", 96)
     make_rows(folder / "test.jsonl", 40, offset=1000)
     (folder / "own").mkdir()
-    (folder / "own" / "my_method.py").write_text(readme_method())
+    write_files(DOCS / "extending.md", folder / "own")
     return folder
-
-
-def readme_method() -> str:
-    """The README's example of a method of one's own: at most 40 lines, in a file outside the package."""
-    (code,) = re.findall(r"```python\n(# my_method\.py.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(code.splitlines()) <= 40
-    return str(code)
 
 
 def run_config(folder: Path, method: str) -> dict[str, Any]:
@@ -129,6 +123,7 @@ def test_a_completed_run_shows_each_round_and_the_result_and_leaves_nothing_runn
     result = json.loads((per_iteration / "result.json").read_text())
     assert f"{result['accuracy-before']:.1%} before, {result['accuracy-after']:.1%} after" in finished.stdout
     assert f"{result['peak-mib']:.1f} MiB a client step" in finished.stdout
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", finished.stdout + finished.stderr)  # it may be a log of CI
     assert left_running(temporary) == [] and list(temporary.iterdir()) == []
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -175,14 +176,25 @@ def test_a_file_gets_a_plain_line_a_round_whatever_colours_a_ci_asks_for(
     assert capsys.readouterr().out == PLAIN
 
 
-@pytest.mark.parametrize(("term", "live"), [("xterm-256color", True), ("dumb", False)])
-def test_a_terminal_gets_one_live_line_unless_it_cannot_go_back_in_it(
-    term: str, live: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("environment", "live"),
+    [
+        ({"TERM": "xterm-256color"}, True),
+        ({"TERM": "dumb"}, False),
+        ({"TERM": "xterm-color", "JPY_PARENT_PID": "7"}, False),
+    ],
+    ids=["over-ssh", "dumb", "shell-line-of-a-notebook"],
+)
+def test_a_terminal_gets_one_live_line_unless_whoever_shows_it_cannot_go_back_in_it(
+    environment: dict[str, str], live: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A terminal as ssh and the shell lines of a notebook give."""
-    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "NO_COLOR"):
+    """Terminals with what the environment says of them: of ssh, of Emacs, of `!spry run` in a notebook, whose kernel
+    has the variable that Jupyter starts it with.
+    """
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "NO_COLOR", "JPY_PARENT_PID"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("TERM", term)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     ours, theirs = pty.openpty()
     with os.fdopen(theirs, "w") as terminal:
         shown(Console(file=terminal, width=80))
@@ -194,3 +206,15 @@ def test_a_terminal_gets_one_live_line_unless_it_cannot_go_back_in_it(
     assert ("\x1b[2K" in written.decode()) is live
     assert (written.decode().replace("\r\n", "\n") == PLAIN) is not live
     assert "Round 1/1" in written.decode()
+
+
+def test_in_a_notebook_each_line_is_shown_once_and_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rich's way into a notebook, which is IPython's display; in its place here a list, as IPython is not installed."""
+    found: list[dict[str, str]] = []
+    display = types.ModuleType("IPython.display")
+    display.display = lambda shown: found.append(shown._repr_mimebundle_(include=[], exclude=[]))  # type: ignore
+    monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    shown(Console(force_jupyter=True, width=100))
+    assert [bundle["text/plain"] for bundle in found] == PLAIN.splitlines(keepends=True)
+    assert not any("\x1b" in bundle["text/html"] for bundle in found)

@@ -1,7 +1,6 @@
 """A run's numbers reach every sink that is named, from files read back; a sink can refuse to begin, and then only."""
 
 import json
-import re
 import sqlite3
 import sys
 from collections.abc import Iterator
@@ -104,14 +103,6 @@ def test_a_sink_of_ones_own_gets_the_configuration_every_round_and_the_end(tmp_p
     assert last == {"completed": True}
     assert rounds == [{"round": line["round"], **numbers(line)} for line in lines(folder / "metrics.jsonl")]
     assert rounds[1]["accuracy"] == lines(folder / "metrics.jsonl")[1]["accuracy"]
-
-
-def test_the_sink_in_the_readme_works(tmp_path: Path) -> None:
-    (code,) = re.findall(r"```python\n(# my_sink\.py.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    (tmp_path / "own_sinks.py").write_text(code)
-    with opened(config("own_sinks:Printed"), tmp_path / "run") as telemetry:
-        assert telemetry.round(LINE | {"seconds": 2.0}) == []
-    assert (tmp_path / "run" / "printed.txt").read_text() == "3 2.0 None\n"
 
 
 def test_a_sink_that_raises_is_left_out_and_the_run_goes_on_and_says_so(tmp_path: Path) -> None:

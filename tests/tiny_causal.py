@@ -52,6 +52,7 @@ CHATML = (
     "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 """As many models have it, with transformers' own marks around what the assistant says."""
+UNMARKED = CHATML.replace("{% generation %}", "").replace("{% endgeneration %}", "")
 
 
 def byte_tokenizer(template: str = "") -> PreTrainedTokenizerFast:
@@ -105,3 +106,12 @@ def encode(rows: Dataset, training: bool = True, template: str = "", **keys: Any
 def learned(rows: Encoded, row: int = 0) -> str:
     """The text of the tokens that count."""
     return rows.tokenizer.decode([label for label in rows.targets["labels"][row] if label != IGNORED])  # type: ignore
+
+
+def turns(*said: tuple[str, str]) -> Dataset:
+    rows = [[{"role": role, "content": text, "answer": role == "assistant"} for role, text in said]]
+    return Dataset.from_dict({"turns": rows})
+
+
+def whole(rows: Encoded, row: int = 0) -> str:
+    return str(rows.tokenizer.decode(rows.features["input_ids"][row]))

@@ -1,5 +1,6 @@
 """What the person who started a run sees of it: each round as it ends, and the summary. Judges nothing."""
 
+import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -16,8 +17,9 @@ class RoundDisplay:
 
     def __init__(self, console: Console, nodes: int) -> None:
         self._console = console
-        # Rich takes a file for a terminal where FORCE_COLOR is set, as in many a CI.
-        self._is_live = console.is_interactive and console.file.isatty()
+        # Rich takes a file for a terminal where FORCE_COLOR is set, as in many a CI. A shell line of a notebook gets a
+        # real one, whose cursor the page does not follow.
+        self._is_live = console.is_interactive and console.file.isatty() and "JPY_PARENT_PID" not in os.environ
         self._waiting = f"Starting {nodes} devices"
         self._first: Row | None = None
         columns = (

@@ -28,7 +28,7 @@ class Encoded:
     """
 
     features: dict[str, list[list[int]]]
-    targets: dict[str, list[int] | list[list[int]]]
+    targets: dict[str, list[int] | list[float] | list[list[int]]]
     cut: int
     tokenizer: PreTrainedTokenizerBase
     task: "LearningTask"
@@ -86,7 +86,7 @@ class Encoded:
         return dict(self.tokenizer.pad(chosen, return_tensors="pt", verbose=False, padding_side=self.padding_side))
 
     def aims(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """Targets of these rows, (rows,) or padded like the inputs, int64 on the CPU."""
+        """Targets of these rows, (rows,) or padded like the inputs, on the CPU: int64, or float32 of fractions."""
         longest = max(map(self.length, indices), default=0)
         return {
             name: torch.tensor([self._padded(values[index], longest) for index in indices])
@@ -97,8 +97,8 @@ class Encoded:
         """Inputs and targets."""
         return self.inputs(indices) | self.aims(indices)
 
-    def _padded(self, target: int | list[int], longest: int) -> int | list[int]:
-        if isinstance(target, int):
+    def _padded(self, target: float | list[int], longest: int) -> float | list[int]:
+        if not isinstance(target, list):
             return target
         beside = [IGNORED] * (longest - len(target))
         return beside + target if self.padding_side == "left" else target + beside
