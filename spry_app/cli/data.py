@@ -10,6 +10,7 @@ from rich.table import Table
 
 from spry_app.cli.shared import RunConfigOption, tell
 from spry_app.errors import SpryError
+from spry_app.offline import set_offline
 
 data = typer.Typer(no_args_is_help=True, help="Look at rows before a run does.")
 
@@ -35,6 +36,7 @@ def data_check_command(
         disable_progress_bars()
         set_verbosity(CRITICAL)  # what it says of a file that it cannot read is in the finding
         config = run_config_of({"data.source": str(file)}, run_config or ())
+        set_offline(config.offline)
         status = tell(check_file(str(file), config.data), as_json)
     except SpryError as error:
         print(error, file=sys.stderr)
@@ -57,6 +59,7 @@ def data_shards_command(
 
     try:
         config = run_config_of({}, run_config or ())
+        set_offline(config.offline)
         names, rows = dealt(config.data, config.seed, nodes)
         if picture:
             draw(names, rows, picture)
