@@ -70,6 +70,14 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_rows_at_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Where rows and tokens are kept; of the processes that tests start, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPRY_CACHE", str(tmp_path_factory.mktemp("spry-cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Slices of public data sets that are not part of the repository."""

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "spry_app"
-LEAVES = {"atomic", "config", "errors", "findings"}
+LEAVES = {"atomic", "config", "errors", "findings", "offline"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "atomic": set(),
@@ -17,12 +17,14 @@ ALLOWED: dict[str, set[str]] = {
     "autodiff": set(),
     "slope_log": {"atomic", "errors"},
     "plugins": {"errors"},
+    "stored": {"errors"},
+    "offline": set(),
     "protocol": {"errors", "slope_log"},
     "privacy": {"errors", "autodiff"},
     "optimizers": {"autodiff", "errors"},
-    "tasks": LEAVES | {"autodiff", "plugins"},
+    "tasks": LEAVES | {"autodiff", "plugins", "stored"},
     "models": LEAVES | {"autodiff", "tasks"},
-    "data": LEAVES | {"tasks"},
+    "data": LEAVES | {"stored", "tasks"},
     "methods": LEAVES | {"autodiff", "optimizers", "plugins", "slope_log"},
     "objectives": {"errors", "autodiff", "models", "prefix", "protocol", "tasks"},
     "prefix": {"models", "tasks"},

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from spry_app.cli.shared import RunConfigOption, refusals, tell
+from spry_app.offline import set_offline
 
 data = typer.Typer(no_args_is_help=True, help="Look at rows before a run does.")
 
@@ -34,6 +35,7 @@ def data_check_command(
         disable_progress_bars()
         set_verbosity(CRITICAL)  # what it says of a file that it cannot read is in the finding
         config = run_config_of({"data.source": str(file)}, run_config or ())
+        set_offline(config.offline)
         raise typer.Exit(tell(check_file(str(file), config.data), as_json))
 
 
@@ -52,6 +54,7 @@ def data_shards_command(
 
     with refusals():
         config = run_config_of({}, run_config or ())
+        set_offline(config.offline)
         names, rows = dealt(config.data, config.seed, nodes)
         if picture:
             draw(names, rows, picture)

@@ -19,6 +19,7 @@ from spry_app.errors import SpryError
 from spry_app.methods import Layout, Method, get_method
 from spry_app.methods.global_state import digest
 from spry_app.models import SENT, Fixed, difference
+from spry_app.offline import set_offline
 from spry_app.protocol import (
     Introduction,
     Score,
@@ -42,6 +43,7 @@ def _answer(work: Work) -> Answer:
     def answer(message: Message, context: Context) -> Message:
         try:
             config = RunConfig.from_flower(context.run_config)
+            set_offline(config.offline)
             method = get_method(config)
             node = load_node(config, context.node_config, _frame(message, config, context.state))
             _check_base(node.adapted.fingerprint, expected_fingerprint(message), config)

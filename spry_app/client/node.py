@@ -17,7 +17,7 @@ from spry_app.models import AdaptedModel, Fixed, load_model
 from spry_app.objectives import refuse_too_long, score
 from spry_app.prefix import PrefixCache, frozen
 from spry_app.protocol import Score
-from spry_app.tasks import Encoded, LearningTask, get_task
+from spry_app.tasks import Encoded, LearningTask, encode_rows, get_task
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ def _load_node(
     task.prepare(adapted, config.data)
     shard = load_shard(config.data, config.seed, index, count, file)
     train, heldout = (
-        task.encode(rows, adapted.tokenizer, config.data, trained)
+        encode_rows(task, rows, adapted.tokenizer, config.data, trained)
         for rows, trained in ((shard.train, True), (shard.heldout, False))
     )
     for rows, use in ((train, "train on"), (heldout, "hold back")):

@@ -67,6 +67,9 @@ class RunConfig(Section):
     """Everything random of a run follows from it: shards, batches, directions, who takes part."""
     output_dir: str = Field("outputs", min_length=1)
     """Where outputs/<run id>/ is made; relative to the directory of the server process."""
+    offline: bool = False
+    """Nothing is downloaded, on the server and on every node: models and data sets of the Hub must be in the cache of
+    each machine (HF_HOME), or the run fails and says which is not. HF_HUB_OFFLINE=1 says the same of one machine."""
     resume: str = ""
     """Folder of a run that ended early or is to have more rounds (`num-server-rounds`): it goes on after its last
     round, with the same result as if it had never stopped. Only rounds, limits and timeouts may differ from it."""

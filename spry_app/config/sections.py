@@ -167,3 +167,7 @@ class DataConfig(Section):
     """Field whose values (a user id, a household) are never split between two shards."""
     holdout: float = Field(0.1, ge=0, lt=1)
     """Part of every shard kept back to measure personalised accuracy."""
+    cache_mib: int = Field(8192, ge=0)
+    """MiB that a machine may keep on its disk of rows and tokens, in $SPRY_CACHE or ~/.cache/spry: more than a MiB of
+    rows is trained on from there, not from memory, and is tokenised once, not at every start. Past it, what was used
+    longest ago goes; 0 keeps nothing beyond the process."""

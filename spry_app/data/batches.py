@@ -10,6 +10,6 @@ def batches(count: int, batch_size: int, seed: tuple[int, ...]) -> Iterator[list
 
     The order depends on `seed` alone, and no other random state is read or changed.
     """
-    order = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed))).permutation(count).tolist()
+    order = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed))).permutation(count)
     for start in range(0, count, batch_size):
-        yield order[start : start + batch_size]
+        yield order[start : start + batch_size].tolist()

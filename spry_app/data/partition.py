@@ -9,7 +9,9 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset
+from datasets.table import InMemoryTable
 
 from spry_app.config import DataConfig
 from spry_app.data.corpus import load_corpus, load_file
@@ -47,11 +49,15 @@ def load_shard(config: DataConfig, seed: int, index: int, count: int, file: str 
         rows = load_corpus(config).train.select(shards(config, seed, count)[index])
     else:
         raise SpryError(f"The node config has partition-id {index} of num-partitions {count}; ids count from 0.")
-    sets = list(_sets(rows).values())
-    order = _generator(seed, 1 + max(index, 0)).permutation(len(sets))
-    held = min(max(round(config.holdout * len(sets)), config.holdout > 0), len(sets) - 1)
-    parts = ([row for number in some for row in sets[number]] for some in (order[held:], order[:held]))
-    return Shard(*map(rows.select, parts))
+    sets = _sets(rows)
+    count = len(sets or rows)
+    order = _generator(seed, 1 + max(index, 0)).permutation(count)
+    held = min(max(round(config.holdout * count), config.holdout > 0), count - 1)
+    parts = (order[held:], order[:held])
+    if sets is None:
+        return Shard(*map(rows.select, parts))
+    members = list(sets.values())
+    return Shard(*(rows.select([row for number in some for row in members[number]]) for some in parts))
 
 
 def label_counts(config: DataConfig, seed: int, count: int) -> tuple[tuple[str, ...], list[list[int]]] | None:
@@ -72,22 +78,24 @@ def shards(config: DataConfig, seed: int, count: int) -> list[list[int]]:
     """
     train = load_corpus(config).train
     sets = _sets(train)
-    if count > len(sets):
-        raise SpryError(f"{count} nodes cannot share the {len(sets)} rows of data.source. {_FEWER} or more rows.")
-    columns = {name: train[name][:] for name in ("label", "group") if name in train.column_names}
-    all_rows = Dataset.from_dict({"row": range(len(train)), **columns})
-    rows = all_rows.select(list(sets)).select(_generator(seed, 0).permutation(len(sets)))
+    parts = len(sets or train)
+    if count > parts:
+        raise SpryError(f"{count} nodes cannot share the {parts} rows of data.source. {_FEWER} or more rows.")
+    arrow = train.with_format("arrow")
+    columns = {name: arrow[name][:] for name in ("label", "group") if name in train.column_names}
+    all_rows = Dataset(InMemoryTable(pa.table({"row": np.arange(len(train)), **columns})))
+    rows = (all_rows.select(list(sets)) if sets else all_rows).select(_generator(seed, 0).permutation(parts))
     found = PARTITIONS[config.partition](rows, config, seed, count)
     empty = sum(not shard for shard in found)
     if empty:
         raise SpryError(f"{empty} of {count} shards are empty. {_FEWER}, or a larger data.alpha ({config.alpha}).")
-    return [[row for first in shard for row in sets[first]] for shard in found]
+    return [[row for first in shard for row in sets[first]] for shard in found] if sets else found
 
 
-def _sets(rows: Dataset) -> dict[int, list[int]]:
-    """First row -> all rows that belong together: that have its value of "together", or else itself alone."""
+def _sets(rows: Dataset) -> dict[int, list[int]] | None:
+    """First row -> all rows that have its value of "together"; None where each row is on its own."""
     if "together" not in rows.column_names:
-        return {row: [row] for row in range(len(rows))}
+        return None
     sets: dict[str | int, list[int]] = defaultdict(list)
     for row, value in enumerate(rows["together"][:]):
         sets[value].append(row)

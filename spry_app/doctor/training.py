@@ -90,5 +90,6 @@ def _config(folder: Path, quantization: str, device: str) -> RunConfig:
             "data.num-labels": 2,
             "data.partition": "iid",
             "data.holdout": 0.0,
+            "data.cache-mib": 0,
         }
     )

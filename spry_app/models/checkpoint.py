@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from spry_app.config import ModelConfig
 from spry_app.errors import SpryError
 from spry_app.models.room import check_room
 from spry_app.models.sources import EMBEDDED, find
+from spry_app.offline import advice
 from spry_app.tasks import LearningTask
 
 logger = logging.getLogger(__name__)
@@ -161,6 +163,10 @@ def _warn_of_random_weights(report: dict[str, Any], head: tuple[str, ...]) -> No
         )
 
 
+def _download(name: str, revision: str) -> str:
+    return f"hf download {name}" + (f" --revision {revision}" if revision else "")
+
+
 @contextmanager
 def _explained(config: ModelConfig, task: LearningTask, location: str) -> Iterator[None]:
     try:
@@ -171,6 +177,7 @@ def _explained(config: ModelConfig, task: LearningTask, location: str) -> Iterat
             f"model.name is {config.name!r}: no {task.noun} model could be loaded from {location!r} "
             f"({reason}). Allowed are a Hub name (owner/name, with model.revision if wanted), a local folder with "
             f"config.json, weights and tokenizer, or one of: {', '.join(EMBEDDED)}."
+            f"{'' if Path(location).is_dir() else advice(_download(location, config.revision))}"
         ) from error
 
 

@@ -27,6 +27,8 @@ CHANGEABLE = (
     "telemetry.",
     "resume",
     "output-dir",
+    "offline",
+    "data.cache-mib",
 )
 """Keys, or beginnings of keys, that need not be those of the run that is resumed."""
 

@@ -12,6 +12,7 @@ from spry_app.errors import SpryError
 from spry_app.methods import Layout, get_method
 from spry_app.methods.global_state import GlobalState
 from spry_app.models import difference, load_model, save_adapter, start_from
+from spry_app.offline import set_offline
 from spry_app.server.frame_file import load_frame
 from spry_app.slope_log import exact_path, read
 from spry_app.tasks import get_task
@@ -27,6 +28,7 @@ def rebuild(log: Path, folder: Path, model: str = "") -> int:
     if missing := {"config", "units", "fingerprint", "digest"} - header.keys():
         raise SpryError(f"{log} is not a slope log: its first line has no {', '.join(sorted(missing))}.")
     config = RunConfig.from_flower(dict(header["config"]))
+    set_offline(config.offline)
     frame = load_frame(log.parent, config)
     labels, task = len(label_names(config.data)), get_task(config.data)
     adapted = load_model(config.model, config.adapter, labels, config.seed, model, frame, task)

@@ -25,6 +25,7 @@ from spry_app.methods import Layout, Method, get_method
 from spry_app.models import AdaptedModel, load_model, start_from
 from spry_app.models.sources import public_name
 from spry_app.objectives import refuse_too_long, score
+from spry_app.offline import set_offline
 from spry_app.plugins import load_object
 from spry_app.prefix import PrefixCache, frozen
 from spry_app.protocol import Score, from_arrays, to_arrays
@@ -41,7 +42,7 @@ from spry_app.server.roster import versions
 from spry_app.server.stopping import Stopped, end_round
 from spry_app.server.strategy import SpryStrategy
 from spry_app.server.telemetry import Telemetry, opened
-from spry_app.tasks import Encoded, get_task
+from spry_app.tasks import Encoded, encode_rows, get_task
 
 _EVALUATION_BATCH = 32
 Evaluate = Callable[[int, ArrayRecord], MetricRecord | None]
@@ -61,6 +62,7 @@ class Federated:
 def run(grid: Grid, context: Context) -> None:
     """Everything a run does. Raises (never exits) where it fails, so that Flower marks the run as failed."""
     config = RunConfig.from_flower(context.run_config)
+    set_offline(config.offline)
     folder = Path(config.resume or Path(config.output_dir, str(context.run_id))).expanduser().resolve()
     with reported(folder):
         try:
@@ -205,7 +207,7 @@ def _test_rows(config: RunConfig, adapted: AdaptedModel) -> Encoded | None:
     test = load_corpus(config.data).test
     if test is None:
         return None
-    rows = get_task(config.data).encode(test, adapted.tokenizer, config.data, False)
+    rows = encode_rows(get_task(config.data), test, adapted.tokenizer, config.data, False)
     refuse_too_long(adapted, rows, "Rows of the test set")
     if rows.lost():
         log(WARNING, "Rows of the test set: %s", rows.lost())

@@ -7,6 +7,7 @@ from spry_app.tasks.causal_lm import CAUSAL_LM
 from spry_app.tasks.classification import CLASSIFICATION
 from spry_app.tasks.encoded import IGNORED, Encoded
 from spry_app.tasks.multiple_answers import MULTIPLE_ANSWERS
+from spry_app.tasks.on_disk import encode_rows
 from spry_app.tasks.question_answering import QUESTION_ANSWERING
 from spry_app.tasks.task import LearningTask, Model, Sums
 
@@ -50,4 +51,15 @@ def _find(name: str) -> LearningTask:
     return task
 
 
-__all__ = ["IGNORED", "TASKS", "Encoded", "LearningTask", "Model", "Sums", "get_task", "task_keys", "task_of_adapter"]
+__all__ = [
+    "IGNORED",
+    "TASKS",
+    "Encoded",
+    "LearningTask",
+    "Model",
+    "Sums",
+    "encode_rows",
+    "get_task",
+    "task_keys",
+    "task_of_adapter",
+]

@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from spry_app.config import DataConfig
 from spry_app.errors import SpryError
 from spry_app.tasks import dialogue
-from spry_app.tasks.columns import dealt_by
 from spry_app.tasks.conversation import examples, give_template
 from spry_app.tasks.encoded import IGNORED, Encoded
 from spry_app.tasks.packing import packed, refuse_what_cannot_be_packed
@@ -29,8 +28,8 @@ Example = tuple[list[int], list[bool]]
 
 
 def _columns(raw: Dataset, config: DataConfig, _names: Names, where: str) -> dict[str, Any]:
-    """text or turns; label where rows are to be dealt out by it."""
-    return dialogue.columns(raw, config, where) | dealt_by(raw, config)
+    """text or turns."""
+    return dialogue.columns(raw, config, where)
 
 
 def _encode(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: DataConfig, training: bool) -> Encoded:
@@ -47,11 +46,6 @@ def _encode(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: DataCo
         kept = [(piece, learned) for piece, learned in pairs if any(learned)]
         dropped += not kept
         found += kept
-    if training and len(dataset) and not found:
-        raise SpryError(
-            f"None of {len(dataset)} rows has a token to learn within the first {size}: raise data.max-length (now "
-            f"{size}), or look at data.text-field or data.answer-field."
-        )
     rows = Encoded(
         {"input_ids": [tokens for tokens, _ in found], "attention_mask": [[1] * len(tokens) for tokens, _ in found]},
         {"labels": [[t if c else IGNORED for t, c in zip(*pair, strict=True)] for pair in found]},
@@ -62,7 +56,16 @@ def _encode(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: DataCo
         [sum(counts) for _, counts in found],
         "right",  # the first tokens stand where they would alone, whatever side the tokenizer generates from
     )
-    return packed(rows, size) if training and config.packing else rows
+    return _gather(rows, config) if training else rows
+
+
+def _gather(rows: Encoded, config: DataConfig) -> Encoded:
+    if rows.dropped and not len(rows):
+        raise SpryError(
+            f"None of {rows.dropped} rows has a token to learn within the first {config.max_length}: raise "
+            f"data.max-length (now {config.max_length}), or look at data.text-field or data.answer-field."
+        )
+    return packed(rows, config.max_length) if config.packing else rows
 
 
 def _examples(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[Example]:
@@ -149,4 +152,5 @@ CAUSAL_LM = LearningTask(
     loss_over="tokens",
     head=False,
     prepare=_prepare,
+    gather=_gather,
 )

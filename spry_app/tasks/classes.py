@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 from datasets import ClassLabel, Dataset
 
 from spry_app.config import DataConfig
 from spry_app.errors import SpryError
+from spry_app.tasks.columns import distinct
 
 Label = str | int | None
 
@@ -30,7 +33,7 @@ def configured_names(config: DataConfig) -> tuple[str, ...]:
 
 def names_of(raw: Dataset, config: DataConfig, where: str) -> tuple[str, ...]:
     """Names of the classes in the order of their ids: as configured, as the source declares them, or as they occur."""
-    labels, feature = _labels(raw, config.label_field, where), raw.features[config.label_field]
+    (labels, _), feature = _labels(raw, config.label_field, where), raw.features[config.label_field]
     declared = tuple(feature.names) if isinstance(feature, ClassLabel) else ()
     configured = configured_names(config)
     if config.label_names:
@@ -49,11 +52,13 @@ def names_of(raw: Dataset, config: DataConfig, where: str) -> tuple[str, ...]:
     return found
 
 
-def _labels(raw: Dataset, field: str, where: str) -> list[Label]:
-    """The label column as names or numbers; numbers that stand for a declared name become that name."""
-    feature, values = raw.features[field], list(raw[field])
+def _labels(raw: Dataset, field: str, where: str) -> tuple[list[Label], npt.NDArray[np.int64]]:
+    """The different labels as names or numbers, and which of them each row has; numbers that stand for a declared name
+    become that name.
+    """
+    feature, (values, which) = raw.features[field], distinct(raw, field)
     if isinstance(feature, ClassLabel):
-        return [feature.names[value] if value is not None and value >= 0 else value for value in values]
+        return [feature.names[value] if value is not None and value >= 0 else value for value in values], which
     # One missing number turns a CSV column into floats.
     labels = [int(value) if isinstance(value, float) and value.is_integer() else value for value in values]
     kinds = {type(label) for label in labels if label is not None}
@@ -62,24 +67,25 @@ def _labels(raw: Dataset, field: str, where: str) -> list[Label]:
         raise SpryError(
             f"data.label-field {field!r} of {where} holds {names}; labels are all whole numbers or all names."
         )
-    return labels
+    return labels, which
 
 
 def ids(raw: Dataset, field: str, names: tuple[str, ...], where: str) -> pa.Array:
     """The label column as class ids. Raises SpryError for a label that is none of `names`."""
-    labels = _labels(raw, field, where)
+    labels, which = _labels(raw, field, where)
     known = {name: number for number, name in enumerate(names)}
-    found = [known.get(label, -1) if isinstance(label, str) else label for label in labels]
-    for row, number in enumerate(found):
-        if not isinstance(number, int) or not 0 <= number < len(names):
-            allowed = f"a number from 0 to {len(names) - 1}"
-            if names[0] != "0":
-                allowed = f"one of {_few(names)}, or {allowed}"
-            raise SpryError(
-                f"data.label-field {field!r} is {labels[row]!r} in row {row + 1} of {where}; it must be {allowed} "
-                "(see data.num-labels and data.label-names; data.unlabelled for rows without a label)."
-            )
-    return pa.array([int(number) for number in found if number is not None], pa.int64())
+    numbers = [known.get(label, -1) if isinstance(label, str) else label for label in labels]
+    found = np.array([-1 if n is None or not 0 <= n < len(names) else int(n) for n in numbers], np.int64)[which]
+    if (found < 0).any():
+        row = int((found < 0).argmax())
+        allowed = f"a number from 0 to {len(names) - 1}"
+        if names[0] != "0":
+            allowed = f"one of {_few(names)}, or {allowed}"
+        raise SpryError(
+            f"data.label-field {field!r} is {labels[which[row]]!r} in row {row + 1} of {where}; it must be {allowed} "
+            "(see data.num-labels and data.label-names; data.unlabelled for rows without a label)."
+        )
+    return pa.array(found)
 
 
 def _few(names: Sequence[str], most: int = 12) -> str:

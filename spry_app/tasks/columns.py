@@ -3,12 +3,14 @@
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from itertools import chain
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset
 
-from spry_app.config import DataConfig
 from spry_app.errors import SpryError
 
 _PLACE = re.compile(r"\{([^{}]+)\}")
@@ -42,9 +44,10 @@ def text(raw: Dataset, key: str, field: str, where: str) -> pa.ChunkedArray:
     """A column of text without gaps, or what a template ("{question} {answer}") makes of several. Raises SpryError."""
     literals, names = _PLACE.split(field)[::2], _PLACE.findall(field)
     if names:
-        parts = zip(*(text(raw, key, name, where).to_pylist() for name in names), strict=True)
-        rows = ("".join(chain.from_iterable(zip(literals, (*row, ""), strict=True))) for row in parts)
-        return pa.chunked_array([pa.array(rows, pa.string())])
+        parts: list[Any] = [literals[0]]
+        for name, literal in zip(names, literals[1:], strict=True):
+            parts += [text(raw, key, name, where).cast(pa.string()), literal]
+        return pc.binary_join_element_wise(*parts, "")
     if getattr(raw.features[field], "dtype", "") not in ("string", "large_string"):
         raise SpryError(f"{key} {field!r} of {where} holds {raw.features[field]}; it must hold text.")
     return whole(raw, key, field, where)
@@ -59,12 +62,21 @@ def whole(raw: Dataset, key: str, field: str, where: str) -> pa.ChunkedArray:
     return column
 
 
-def dealt_by(raw: Dataset, config: DataConfig) -> dict[str, list[int]]:
-    """The column label, by which a Dirichlet partition deals out rows that have no classes: a number for each value of
-    `data.label-field`, if there is such a column.
-    """
-    if config.partition != "dirichlet" or config.label_field not in raw.column_names:
-        return {}
-    values = [str(value) for value in raw[config.label_field]]
-    numbers = {value: number for number, value in enumerate(sorted(set(values)))}
-    return {"label": [numbers[value] for value in values]}
+def distinct(raw: Dataset, field: str) -> tuple[list[Any], npt.NDArray[np.int64]]:
+    """The different values of a column, and of each row the number of its own."""
+    column = raw.with_format("arrow")[field][:]
+    try:
+        found = column.combine_chunks().dictionary_encode("encode")
+    except pa.ArrowNotImplementedError:  # lists, or JSON of several kinds
+        return list(raw[field][:]), np.arange(len(raw))
+    parts = found.chunks if isinstance(found, pa.ChunkedArray) else [found]
+    if not parts:
+        return [], np.arange(0)
+    return parts[0].dictionary.to_pylist(), parts[0].indices.to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def dealt_by(raw: Dataset, field: str) -> npt.NDArray[np.int64]:
+    """By what a Dirichlet partition deals out rows that have no classes: a number for each value of a column."""
+    values, which = distinct(raw, field)
+    numbers = {value: number for number, value in enumerate(sorted(set(map(str, values))))}
+    return np.array([numbers[str(value)] for value in values], np.int64)[which]

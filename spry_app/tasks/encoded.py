@@ -1,6 +1,8 @@
-"""Rows as tokens, and batches of them as padded tensors. What the tokens mean, each task says."""
+"""Rows as tokens, and batches of them as padded tensors. What the tokens mean, each task says; whether they are in
+memory or on disk, whoever made the columns.
+"""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,8 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 """Target of a token that does not count, as in PyTorch and transformers."""
+Lists = Sequence[list[int]]
+"""Of each row token-wise values; one that has `lengths` tells how many there are without reading them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,12 +27,12 @@ class Encoded:
     targets: by name, of each row one number, or one a token. cut: how many rows were longer than the maximum length.
     dropped: how many had nothing left to learn from. terms: of how many terms each row's loss is the sum; empty for one
     each. padding: "left" or "right", "" for the tokenizer's own side. kept: what the task's judge wants of each row
-    beyond tensors, the model nothing. together: number of the set in which each row is judged; empty where each is on
-    its own.
+    beyond tensors, the model nothing. together: what the set in which each row is judged is known by; empty where each
+    is on its own.
     """
 
-    features: dict[str, list[list[int]]]
-    targets: dict[str, list[int] | list[float] | list[list[int]]]
+    features: Mapping[str, Lists]
+    targets: Mapping[str, Sequence[int] | Sequence[float] | Lists]
     cut: int
     tokenizer: PreTrainedTokenizerBase
     task: "LearningTask"
@@ -36,7 +40,7 @@ class Encoded:
     terms: Sequence[int] = ()
     padding: str = ""
     kept: Sequence[Any] = field(default=(), repr=False)
-    together: Sequence[int] = ()
+    together: Sequence[int | str] = ()
 
     def __len__(self) -> int:
         return len(self.features.get("input_ids", ()))
@@ -47,7 +51,8 @@ class Encoded:
 
     def length(self, row: int) -> int:
         """Tokens of a row."""
-        return len(self.features["input_ids"][row])
+        ids = self.features["input_ids"]
+        return int(ids.lengths[row]) if hasattr(ids, "lengths") else len(ids[row])
 
     def lost(self) -> str:
         """What became of rows that were too long, as a sentence; empty if none was."""
@@ -68,9 +73,13 @@ class Encoded:
 
     def parts(self, size: int) -> Iterator[list[int]]:
         """All rows as they are scored: `size` at a time, or more where the last ones are judged together."""
-        sets = dict[int, list[int]]()
-        for row in self.by_length(range(len(self))):
-            sets.setdefault(self.together[row] if self.together else row, []).append(row)
+        order = self.by_length(range(len(self)))
+        if not self.together:
+            yield from (order[start : start + size] for start in range(0, len(order), size))
+            return
+        sets = dict[int | str, list[int]]()
+        for row in order:
+            sets.setdefault(self.together[row], []).append(row)
         part: list[int] = []
         for number in sorted(sets, key=lambda number: self.length(sets[number][-1])):
             part += sets[number]

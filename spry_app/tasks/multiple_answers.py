@@ -37,10 +37,8 @@ def _columns(raw: Dataset, config: DataConfig, names: Names, where: str) -> dict
 
 
 def _encode(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: DataConfig, training: bool) -> Encoded:
-    numbers: dict[str | int, int] = {}
-    together = [numbers.setdefault(question, len(numbers)) for question in dataset["together"][:]]
     rows = CLASSIFICATION.encode(dataset, tokenizer, config, training)
-    return replace(rows, task=MULTIPLE_ANSWERS, together=together)
+    return replace(rows, task=MULTIPLE_ANSWERS, together=dataset["together"][:])
 
 
 @torch.no_grad()
@@ -50,7 +48,7 @@ def _judge(model: Model, rows: Encoded, part: Sequence[int]) -> Sums:
     """
     logits, labels = model.logits(rows.inputs(part)), rows.aims(part)["labels"]
     said = logits.argmax(-1).cpu()
-    known: dict[int, bool] = {}
+    known: dict[int | str, bool] = {}
     for index, knows in zip(part, (said == labels).tolist(), strict=True):
         known[rows.together[index]] = known.get(rows.together[index], True) and knows
     return {

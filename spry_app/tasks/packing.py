@@ -2,16 +2,16 @@
 here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from spry_app.errors import SpryError
-from spry_app.tasks.encoded import Encoded
+from spry_app.tasks.encoded import Encoded, Lists
 
 
 def bins(lengths: Sequence[int], size: int) -> list[list[int]]:
@@ -50,22 +50,45 @@ class Packed(Encoded):
         return pad_sequence(rows, batch_first=True, padding_value=padding)
 
 
+class _Joined(Sequence[list[int]]):
+    """A row for each of `bins`, put together when it is read. of: (number within the bin, row) -> its values."""
+
+    def __init__(
+        self, of: Callable[[int, int], Sequence[int]], bins: Sequence[Sequence[int]], lengths: Sequence[int]
+    ) -> None:
+        self._of, self._bins, self.lengths = of, bins, lengths
+
+    def __len__(self) -> int:
+        return len(self._bins)
+
+    @overload
+    def __getitem__(self, at: int) -> list[int]: ...
+    @overload
+    def __getitem__(self, at: slice) -> "list[list[int]]": ...
+    def __getitem__(self, at: int | slice) -> list[int] | list[list[int]]:
+        if isinstance(at, slice):
+            return [self[row] for row in range(len(self))[at]]
+        return [value for number, row in enumerate(self._bins[at]) for value in self._of(number, row)]
+
+
 def packed(rows: Encoded, size: int) -> Encoded:
     """The rows of `rows`, which have input_ids and labels, in rows of at most `size` tokens."""
     ids, labels, terms = rows.features["input_ids"], rows.targets["labels"], rows.terms
-    together = bins([len(tokens) for tokens in ids], size)
+    each = [rows.length(row) for row in range(len(rows))]
+    together = bins(each, size)
+    lengths = [sum(each[row] for row in group) for group in together]
 
-    def joined(of: Sequence[Sequence[int]]) -> list[list[int]]:
-        return [[value for row in group for value in of[row]] for group in together]
+    def joined(of: Callable[[int, int], Sequence[int]]) -> Lists:
+        return _Joined(of, together, lengths)
 
     features = {
-        "input_ids": joined(ids),
-        "position_ids": joined([range(len(tokens)) for tokens in ids]),
-        "example": [[n for n, row in enumerate(group) for _ in ids[row]] for group in together],
+        "input_ids": joined(lambda _, row: ids[row]),
+        "position_ids": joined(lambda _, row: range(each[row])),
+        "example": joined(lambda number, row: [number] * each[row]),
     }
     return Packed(
         features,
-        {"labels": joined([label for label in labels if isinstance(label, list)])},
+        {"labels": joined(lambda _, row: _listed(labels[row]))},
         rows.cut,
         rows.tokenizer,
         rows.task,
@@ -73,6 +96,10 @@ def packed(rows: Encoded, size: int) -> Encoded:
         [sum(terms[row] for row in group) for group in together],
         "right",
     )
+
+
+def _listed(values: float | list[int]) -> list[int]:
+    return values if isinstance(values, list) else [int(values)]
 
 
 @torch.no_grad()

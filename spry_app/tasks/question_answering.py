@@ -5,6 +5,7 @@ is cut into windows is in windows.py, how strings are compared in squad.py. Neve
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import torch
 from datasets import Dataset
@@ -16,9 +17,9 @@ from spry_app.autodiff.transfer import onto
 from spry_app.config import DataConfig
 from spry_app.errors import SpryError
 from spry_app.tasks import squad
-from spry_app.tasks.columns import dealt_by, missing_field, require, text, whole
+from spry_app.tasks.columns import missing_field, require, text, whole
 from spry_app.tasks.encoded import IGNORED, Encoded
-from spry_app.tasks.task import LearningTask, Model, Names, Sums, ratio, within
+from spry_app.tasks.task import Kept, LearningTask, Model, Names, Sums, ratio, within
 from spry_app.tasks.windows import Offsets, room_for_question, shortened, windows
 
 _NOTHING = float("-inf")
@@ -34,6 +35,22 @@ class Asked(NamedTuple):
     context: str
     answers: list[str]
     longest: int
+
+    @classmethod
+    def read(cls, stored: Mapping[str, Any]) -> "Asked":
+        """As Arrow gives it back, of type _ASKED."""
+        return cls(**{**stored, "offsets": np.array(stored["offsets"], np.int32).reshape(-1, 2)})
+
+
+_ASKED = pa.struct(
+    {
+        "offsets": pa.list_(pa.int32()),
+        "none": pa.int32(),
+        "context": pa.string(),
+        "answers": pa.list_(pa.string()),
+        "longest": pa.int32(),
+    }
+)
 
 
 class Said(NamedTuple):
@@ -52,9 +69,7 @@ class Said(NamedTuple):
 
 
 def _columns(raw: Dataset, config: DataConfig, _names: Names, where: str) -> dict[str, Any]:
-    """question, context; answers and answer_start, lists that are empty where a question has none; label where rows are
-    to be dealt out by it.
-    """
+    """question, context; answers and answer_start, lists that are empty where a question has none."""
     question, context = config.question_field, config.context_field
     require(raw, {"data.question-field": question, "data.context-field": context}, where)
     columns = {
@@ -68,7 +83,7 @@ def _columns(raw: Dataset, config: DataConfig, _names: Names, where: str) -> dic
         problem = _problem(*row)
         if problem:
             raise SpryError(f"{problem} in row {number} of {where}.")
-    return columns | dealt_by(raw, config)
+    return columns
 
 
 def _lists(
@@ -182,9 +197,9 @@ def said(rows: Encoded, part: Sequence[int], logits: Tensor) -> Iterator[Said]:
         yield Said(window.context[begin:stop], score, none)
 
 
-def answers(rows: Encoded, part: Sequence[int], logits: Tensor) -> dict[int, str]:
+def answers(rows: Encoded, part: Sequence[int], logits: Tensor) -> dict[int | str, str]:
     """Question -> its answer: the best span of its windows, or "" where "no answer" scores higher in each of them."""
-    found: dict[int, Said] = {}
+    found: dict[int | str, Said] = {}
     for index, one in zip(part, said(rows, part, logits), strict=True):
         question = rows.together[index]
         found[question] = one.beside(found.get(question, one))
@@ -226,5 +241,6 @@ QUESTION_ANSWERING = LearningTask(
     },
     main_metric="f1",
     names=lambda _config: ("start", "end"),  # two numbers for each token
+    kept=Kept(_ASKED, lambda asked: asked._replace(offsets=asked.offsets.ravel())._asdict(), Asked.read),
 )
 """The loss is a mean over windows, the metrics are over questions."""

@@ -7,8 +7,9 @@ scores rows and is not.
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import pyarrow as pa
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -20,6 +21,14 @@ Sums = Mapping[str, float]
 """Numbers that add up over batches and over nodes: "loss", "examples", and those of LearningTask.sums."""
 Metric = Callable[[Sums], float]
 Names = tuple[str, ...]
+
+
+class Kept(NamedTuple):
+    """How entries of Encoded.kept are put on disk: their Arrow type, and the way there and back."""
+
+    type: pa.StructType
+    write: Callable[[Any], Mapping[str, Any]]
+    read: Callable[[Mapping[str, Any]], Any]
 
 
 class Model(Protocol):
@@ -53,6 +62,10 @@ def _as_it_is(_model: Any, _config: DataConfig) -> None:
     return None
 
 
+def _all_of_them(rows: Encoded, _config: DataConfig) -> Encoded:
+    return rows
+
+
 @dataclass(frozen=True, eq=False)
 class LearningTask:
     """A row of the table TASKS, or an object of the user's (`data.task = "package.module:object"`)."""
@@ -72,7 +85,8 @@ class LearningTask:
     `encode` reads; "label" (int64) if rows can be dealt out by it. Raises SpryError for rows that will not do."""
     encode: Callable[[Dataset, PreTrainedTokenizerBase, DataConfig, bool], Encoded]
     """(rows with these columns, tokenizer, config, whether they are to be trained on) -> tokens. Encoded.task is this
-    value."""
+    value. Of many rows it is asked for some at a time, as not to be trained on: then none may depend on another.
+    Encoded.together is then of the column "together", or else numbers of the rows that it was asked for."""
     loss: Callable[[Model, Mapping[str, Tensor], Mapping[str, Tensor]], Tensor]
     """(model, inputs, targets) -> mean over the terms (Encoded.terms) of these rows. Must bear dual numbers."""
     judge: Callable[[Model, Encoded, Sequence[int]], Sums]
@@ -93,6 +107,10 @@ class LearningTask:
     """Names of the classes where the config gives them."""
     classes: Callable[[Dataset, DataConfig, str], Names] | None = None
     """Names of the classes of rows as they come; None where there are no classes."""
+    gather: Callable[[Encoded, DataConfig], Encoded] = _all_of_them
+    """What `encode` makes of rows that are to be trained on, from those that it was asked for some at a time."""
+    kept: Kept | None = None
+    """None: rows with Encoded.kept stay in memory, however many."""
     prepare: Callable[[Any, DataConfig], None] = _as_it_is
     """(models.AdaptedModel, config), once the model is loaded: raises SpryError where it cannot learn the task."""
 
