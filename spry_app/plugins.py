@@ -1,5 +1,9 @@
-"""Objects that users bring, by "package.module:object". What they must be is for their room to say."""
+"""Rows of tables by their names, and objects that users bring, by "package.module:object". What they must be is for
+their room to say.
+"""
 
+import difflib
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
@@ -13,3 +17,16 @@ def load_object(path: str, key: str) -> Any:
         return getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise SpryError(f'{key}={path!r} cannot be imported ({error}). It must be "package.module:object".') from error
+
+
+def look_up(name: str, table: Mapping[str, Any], key: str) -> Any:
+    """The row of this name, or the object at "package.module:object"; `key` is the run-config key it came from. Raises
+    SpryError.
+    """
+    if ":" in name:
+        return load_object(name, key)
+    if name not in table:
+        near = difflib.get_close_matches(name, table, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise SpryError(f'{key}={name!r} is not known.{hint} Known: {", ".join(table)}, or "package.module:object".')
+    return table[name]

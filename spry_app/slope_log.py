@@ -12,6 +12,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from spry_app.atomic import write_whole
 from spry_app.errors import SpryError
 
 FORMAT = "spry slopes 2"
@@ -102,9 +103,8 @@ class SlopeLog:
 
     def __init__(self, path: Path, header: Mapping[str, Any], entries: Sequence[tuple[Entry, str]] = ()) -> None:
         self._path = path
-        fresh = path.with_suffix(".new")
-        fresh.write_text("".join([json.dumps({"format": FORMAT, **header}) + "\n", *(_line(*e) for e in entries)]))
-        fresh.replace(path)
+        lines = [json.dumps({"format": FORMAT, **header}) + "\n", *(_line(*entry) for entry in entries)]
+        write_whole(path, "".join(lines))
 
     def append(self, entry: Entry, digest: str, exact: dict[str, Tensor]) -> None:
         """digest: of all tensors after the round. exact: those that no scalar stands for."""

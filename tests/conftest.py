@@ -12,6 +12,7 @@ import datasets
 import pytest
 import torch
 from rows import ROWS, write
+from tiny_checkpoints import write_checkpoint
 
 from benchmarks.local_grid import identify
 
@@ -89,6 +90,12 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def sentences(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A file with the rows of rows.py."""
     return write(tmp_path_factory.mktemp("rows") / "rows.jsonl", ROWS)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a tiny BERT."""
+    return write_checkpoint(tmp_path_factory.mktemp("bert"))
 
 
 @pytest.fixture(scope="module")

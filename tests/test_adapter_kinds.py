@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from federation import Federation, tiny_run
 from peft import PeftModel
-from tiny_checkpoints import SENTENCES, shaken, write_checkpoint
+from tiny_checkpoints import inputs_of, load_tiny, shaken, write_checkpoint
 from tiny_models import slopes_by_backprop, some_directions
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
@@ -17,7 +17,7 @@ from spry_app.autodiff.self_check import self_test, shared_pass_test
 from spry_app.autodiff.slopes import Part, forward_mode
 from spry_app.config import ADAPTER_KEYS, AdapterConfig, ModelConfig
 from spry_app.errors import SpryError
-from spry_app.models import AdaptedModel, load_model, save_adapter
+from spry_app.models import load_model, save_adapter
 from spry_app.models.adapter import KINDS
 from spry_app.models.quantized import pass_tangents
 from spry_app.models.units import depths
@@ -27,26 +27,12 @@ QV = ("query", "value")
 BERT = "base_model.model.bert."
 
 
-def _load(folder: str, seed: int = 0, model: dict[str, Any] | None = None, **adapter: Any) -> AdaptedModel:
-    config = ModelConfig.model_validate({"name": folder, "device": "cpu", **(model or {})})
-    return load_model(config, AdapterConfig.model_validate(adapter), 3, seed)
-
-
-def _inputs(adapted: AdaptedModel) -> dict[str, Tensor]:
-    return dict(adapted.tokenizer(SENTENCES, padding=True, return_tensors="pt"))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_checkpoint(tmp_path_factory.mktemp("bert"))
-
-
 def test_every_kind_has_its_row_in_both_tables() -> None:
     assert list(KINDS) == list(ADAPTER_KEYS)
 
 
-def test_ia3_has_a_unit_a_matrix_and_bitfit_one_a_block(folder: str) -> None:
-    ia3, bitfit = _load(folder, kind="ia3"), _load(folder, kind="bitfit")
+def test_ia3_has_a_unit_a_matrix_and_bitfit_one_a_block(checkpoint: str) -> None:
+    ia3, bitfit = load_tiny(checkpoint, kind="ia3"), load_tiny(checkpoint, kind="bitfit")
     matrices = ["attention.self.key", "attention.self.value", "attention.output.dense", "output.dense"]
     assert list(ia3.units) == [f"encoder.layer.{i}.{name}" for i in range(2) for name in matrices] + ["head"]
     assert ia3.units["encoder.layer.1.output.dense"] == (f"{BERT}encoder.layer.1.output.dense.ia3_l.default",)
@@ -60,7 +46,7 @@ def test_ia3_has_a_unit_a_matrix_and_bitfit_one_a_block(folder: str) -> None:
 @pytest.mark.parametrize("kind", NEW)
 @pytest.mark.parametrize("family", ["bert", "roberta", "opt", "gpt2"])
 def test_units_rise_from_block_0_to_the_head(tmp_path: Path, family: str, kind: str) -> None:
-    adapted = _load(write_checkpoint(tmp_path, family), kind=kind)
+    adapted = load_tiny(write_checkpoint(tmp_path, family), kind=kind)
     found, blocks = depths(adapted.units)
     assert blocks == len(adapted.blocks) == 2
     inside = {unit: depth for unit, depth in found.items() if any(part.isdigit() for part in unit.split("."))}
@@ -69,9 +55,9 @@ def test_units_rise_from_block_0_to_the_head(tmp_path: Path, family: str, kind: 
     assert found["head"] == 2 == adapted.depth(adapted.units["head"])
 
 
-def test_vera_has_a_unit_a_matrix_and_layernorm_one_a_norm(folder: str) -> None:
+def test_vera_has_a_unit_a_matrix_and_layernorm_one_a_norm(checkpoint: str) -> None:
     """What is random in VeRA is no unit's; the norm above the embeddings is the lowest unit."""
-    vera, norms = _load(folder, kind="vera", rank=4), _load(folder, kind="layernorm")
+    vera, norms = load_tiny(checkpoint, kind="vera", rank=4), load_tiny(checkpoint, kind="layernorm")
     assert list(vera.units) == [*(f"encoder.layer.{i}.attention.self.{n}" for i in range(2) for n in QV), "head"]
     first = f"{BERT}encoder.layer.0.attention.self.query.vera_lambda_"
     assert set(vera.units["encoder.layer.0.attention.self.query"]) == {f"{first}b.default", f"{first}d.default"}
@@ -81,8 +67,8 @@ def test_vera_has_a_unit_a_matrix_and_layernorm_one_a_norm(folder: str) -> None:
     assert [norms.depth(norms.units[unit]) for unit in norms.units] == [0, 0, 0, 1, 1, 2]
 
 
-def test_ia3_takes_targets_and_scales_what_enters_a_feed_forward_matrix(folder: str) -> None:
-    adapted = _load(folder, kind="ia3", targets="query, output.dense, intermediate.dense")
+def test_ia3_takes_targets_and_scales_what_enters_a_feed_forward_matrix(checkpoint: str) -> None:
+    adapted = load_tiny(checkpoint, kind="ia3", targets="query, output.dense, intermediate.dense")
     shapes = {name.removeprefix(BERT): tuple(tensor.shape) for name, tensor in adapted.tensors().items()}
     width = adapted.model.config.hidden_size
     inner = adapted.model.config.intermediate_size
@@ -92,13 +78,13 @@ def test_ia3_takes_targets_and_scales_what_enters_a_feed_forward_matrix(folder: 
     assert not any("key" in name for name in shapes)
 
 
-def test_what_a_model_does_not_have_is_refused_in_a_sentence(tmp_path: Path, folder: str) -> None:
+def test_what_a_model_does_not_have_is_refused_in_a_sentence(tmp_path: Path, checkpoint: str) -> None:
     with pytest.raises(SpryError, match=r"adapter\.kind is 'bitfit'.*this llama model has none: set adapter\.kind"):
-        _load(write_checkpoint(tmp_path / "llama", "llama"), kind="bitfit")
+        load_tiny(write_checkpoint(tmp_path / "llama", "llama"), kind="bitfit")
     with pytest.raises(SpryError, match=r"adapter\.targets is empty, and the matrices that IA3 scales.*k_lin, lin1"):
-        _load(write_checkpoint(tmp_path / "distilbert", "distilbert"), kind="ia3")
+        load_tiny(write_checkpoint(tmp_path / "distilbert", "distilbert"), kind="ia3")
     with pytest.raises(SpryError, match=r"adapter\.targets names q_proj, not in this bert model"):
-        _load(folder, kind="ia3", targets="q_proj")
+        load_tiny(checkpoint, kind="ia3", targets="q_proj")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -117,9 +103,9 @@ def test_every_node_starts_from_the_same_head_and_adapter(tmp_path: Path, kind: 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
 @pytest.mark.parametrize("kind", NEW)
-def test_slopes_are_backprops_and_pass_the_self_test(folder: str, kind: str, quantization: str) -> None:
-    adapted = _load(folder, model={"quantization": quantization}, kind=kind)
-    inputs, labels = _inputs(adapted), torch.tensor([0, 2])
+def test_slopes_are_backprops_and_pass_the_self_test(checkpoint: str, kind: str, quantization: str) -> None:
+    adapted = load_tiny(checkpoint, model={"quantization": quantization}, kind=kind)
+    inputs, labels = inputs_of(adapted), torch.tensor([0, 2])
 
     def loss(params: dict[str, Tensor]) -> Tensor:
         return F.cross_entropy(adapted.logits(params, inputs), labels)
@@ -135,12 +121,12 @@ def test_slopes_are_backprops_and_pass_the_self_test(folder: str, kind: str, qua
 
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
 @pytest.mark.parametrize("kind", NEW)
-def test_a_half_precision_model_takes_the_kind_as_well(folder: str, kind: str, quantization: str) -> None:
-    half = _load(folder, model={"quantization": quantization, "dtype": "bfloat16"}, kind=kind)
-    full = _load(folder, model={"quantization": quantization}, kind=kind)
+def test_a_half_precision_model_takes_the_kind_as_well(checkpoint: str, kind: str, quantization: str) -> None:
+    half = load_tiny(checkpoint, model={"quantization": quantization, "dtype": "bfloat16"}, kind=kind)
+    full = load_tiny(checkpoint, model={"quantization": quantization}, kind=kind)
     trained = shaken(full.tensors())
     torch.testing.assert_close(
-        half.logits(trained, _inputs(half)), full.logits(trained, _inputs(full)), rtol=0.1, atol=0.1
+        half.logits(trained, inputs_of(half)), full.logits(trained, inputs_of(full)), rtol=0.1, atol=0.1
     )
 
 
@@ -148,20 +134,20 @@ def test_a_half_precision_model_takes_the_kind_as_well(folder: str, kind: str, q
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 @pytest.mark.parametrize("kind", NEW)
 def test_saved_adapter_gives_the_same_logits_when_peft_loads_it(
-    tmp_path: Path, folder: str, kind: str, quantization: str
+    tmp_path: Path, checkpoint: str, kind: str, quantization: str
 ) -> None:
-    adapted = _load(folder, model={"quantization": quantization}, kind=kind)
+    adapted = load_tiny(checkpoint, model={"quantization": quantization}, kind=kind)
     trained = shaken(adapted.tensors())
     save_adapter(adapted, trained, tmp_path)
     stock = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "llm_int8_skip_modules": ["classifier"]}
     quantised = {"quantization_config": BitsAndBytesConfig(**stock)} if quantization == "nf4" else {}
-    fresh = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3, **quantised)
+    fresh = AutoModelForSequenceClassification.from_pretrained(checkpoint, num_labels=3, **quantised)
     pass_tangents(fresh)  # the stock layers repack their weight, which widths as small as these do not allow
     loaded = PeftModel.from_pretrained(fresh, str(tmp_path)).eval()
     with torch.no_grad():
-        logits = loaded(**_inputs(adapted)).logits
-    torch.testing.assert_close(logits, adapted.logits(trained, _inputs(adapted)), rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(logits, _load(folder, kind=kind).logits({}, _inputs(adapted)), atol=1e-2)
+        logits = loaded(**inputs_of(adapted)).logits
+    torch.testing.assert_close(logits, adapted.logits(trained, inputs_of(adapted)), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(logits, load_tiny(checkpoint, kind=kind).logits({}, inputs_of(adapted)), atol=1e-2)
 
 
 @pytest.mark.parametrize("kind", [*NEW, "none"])  # LoRA: test_every_method

@@ -8,13 +8,14 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "spry_app"
-LEAVES = {"config", "errors", "findings"}
+LEAVES = {"atomic", "config", "errors", "findings"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
+    "atomic": set(),
     "findings": set(),
     "config": {"errors"},
     "autodiff": set(),
-    "slope_log": {"errors"},
+    "slope_log": {"atomic", "errors"},
     "plugins": {"errors"},
     "protocol": {"errors", "slope_log"},
     "privacy": {"errors", "autodiff"},
@@ -35,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "launcher": LEAVES | {"report"},
     "deploy": LEAVES | {"launcher"},
     "doctor": LEAVES | {"autodiff", "client", "methods", "models"},
-    "cli": LEAVES | {"data", "deploy", "doctor", "launcher", "report", "server", "worker"},
+    "cli": LEAVES | {"data", "deploy", "doctor", "launcher", "models", "report", "server", "worker"},
 }
 MAY_IMPORT_FLOWER = {"protocol", "client", "server", "launcher", "data", "worker"}
 FORBIDDEN_NAMES = {"utils", "common", "helpers", "core", "misc"}
@@ -67,6 +68,10 @@ def test_a_room_imports_only_what_it_may(path: Path) -> None:
 def test_only_the_shell_knows_flower() -> None:
     knows = {room(path) for path in FILES if any(name.split(".")[0] == "flwr" for name in imports(path))}
     assert knows <= MAY_IMPORT_FLOWER
+
+
+def test_only_the_command_line_reads_arguments_and_ends_the_process() -> None:
+    assert {room(path) for path in FILES if any(name.split(".")[0] == "typer" for name in imports(path))} == {"cli"}
 
 
 def test_the_numerical_core_needs_neither_flower_nor_transformers() -> None:

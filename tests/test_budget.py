@@ -1,5 +1,6 @@
 """Slices chosen for a budget of memory: they fit, they are the fast ones, and they change no slope."""
 
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,20 @@ def test_a_step_stays_within_what_its_node_states(folder: Path, gradient: str) -
     chosen = slices(settings, memory_budget_mib=whole / 3)
     assert chosen.micro_batch < 32
     assert whole / 8 < measured(node_of(settings), settings, chosen) <= whole / 3
+
+
+def test_rows_are_scored_in_slices_and_to_the_same_sums(folder: Path) -> None:
+    many = str(make_rows(folder / "many.jsonl", 400))
+    keys: dict[str, Any] = {"data.source": many, "client.prefix-cache-mib": 0}
+    settings = config(folder, **keys)
+    node, peaks, scores = node_of(settings), [], []
+    for at_once in (32, 2):
+        score = functools.partial(node.score, settings.client, Slices(at_once, 1))
+        scores.append(score())
+        peaks.append(peak_mib(score, "cpu"))
+    assert peaks[1] < peaks[0] / 4
+    assert scores[0].examples == scores[1].examples > 32
+    assert scores[0].loss == pytest.approx(scores[1].loss, rel=1e-5)
 
 
 def test_the_run_config_gives_a_budget_to_nodes_that_state_none(folder: Path) -> None:

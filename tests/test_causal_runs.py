@@ -13,6 +13,7 @@ from test_causal_lm import truth
 from tiny_causal import causal_checkpoint, instructions
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from spry_app.autodiff.budget import SMALLEST
 from spry_app.autodiff.gradients import GRADIENTS
 from spry_app.client.node import load_node
 from spry_app.client.trust import check_gradient
@@ -195,4 +196,4 @@ def test_a_quantised_model_keeps_its_output_layer_and_has_sound_slopes(
     assert type(base.get_output_embeddings()) is torch.nn.Linear
     assert type(base.model.layers[0].mlp.up_proj) is not torch.nn.Linear
     check_gradient(node, GRADIENTS["forward-mode"], at_once=2)
-    assert math.isfinite(node.score(config.client).loss)
+    assert math.isfinite(node.score(config.client, SMALLEST).loss)

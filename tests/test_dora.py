@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from federation import Federation, tiny_run
 from peft import PeftModel
-from tiny_checkpoints import SENTENCES, shaken, write_checkpoint
+from tiny_checkpoints import inputs_of, load_tiny, shaken, write_checkpoint
 from tiny_models import slopes_by_backprop, some_directions
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
@@ -16,9 +16,9 @@ from transformers.pytorch_utils import Conv1D
 
 from spry_app.autodiff.self_check import self_test
 from spry_app.autodiff.slopes import Part, forward_mode
-from spry_app.config import AdapterConfig, ModelConfig, RunConfig
+from spry_app.config import RunConfig
 from spry_app.errors import SpryError
-from spry_app.models import AdaptedModel, load_model, save_adapter
+from spry_app.models import save_adapter
 from spry_app.models.dora import Dora, lengths
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -27,20 +27,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "both": {"dora": True, "rslora": True, "rank": 3, "bias": "all"},
     "ranks": {"rank": 2, "rank_pattern": "query:4, value:1", "targets": "all-linear"},
 }
-
-
-def _load(folder: str, quantization: str = "none", **adapter: Any) -> AdaptedModel:
-    model = ModelConfig.model_validate({"name": folder, "device": "cpu", "quantization": quantization})
-    return load_model(model, AdapterConfig.model_validate(adapter), 3, 0)
-
-
-def _inputs(adapted: AdaptedModel) -> dict[str, Tensor]:
-    return dict(adapted.tokenizer(SENTENCES, padding=True, return_tensors="pt"))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_checkpoint(tmp_path_factory.mktemp("bert"))
 
 
 def test_the_length_of_a_row_and_its_derivative_are_those_of_the_matrix_multiplied_out() -> None:
@@ -61,23 +47,23 @@ def test_the_length_of_a_row_and_its_derivative_are_those_of_the_matrix_multipli
 def test_saved_adapter_gives_the_same_logits_when_peft_loads_it(tmp_path: Path, family: str, variant: str) -> None:
     base = write_checkpoint(tmp_path / "base", family)
     keys = VARIANTS[variant] | ({"rank_pattern": "c_attn:4"} if family == "gpt2" and variant == "ranks" else {})
-    adapted = _load(base, **keys)
-    trained, before = shaken(adapted.tensors()), adapted.logits({}, _inputs(adapted))
+    adapted = load_tiny(base, **keys)
+    trained, before = shaken(adapted.tensors()), adapted.logits({}, inputs_of(adapted))
     save_adapter(adapted, trained, tmp_path / "adapter")
     fresh = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3, pad_token_id=1)
     loaded = PeftModel.from_pretrained(fresh, str(tmp_path / "adapter")).eval()
     with torch.no_grad():
-        logits = loaded(**_inputs(adapted)).logits
-    torch.testing.assert_close(logits, adapted.logits(trained, _inputs(adapted)), rtol=1e-5, atol=1e-5)
+        logits = loaded(**inputs_of(adapted)).logits
+    torch.testing.assert_close(logits, adapted.logits(trained, inputs_of(adapted)), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(logits, before, atol=1e-2)
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_slopes_are_those_of_the_loss(folder: str, quantization: str, variant: str) -> None:
+def test_slopes_are_those_of_the_loss(checkpoint: str, quantization: str, variant: str) -> None:
     """Backpropagation's and those of differences, which PEFT's DoRA has not; a change of B moves lengths at once."""
-    adapted = _load(folder, quantization, **VARIANTS[variant])
-    inputs, labels = _inputs(adapted), torch.tensor([0, 2])
+    adapted = load_tiny(checkpoint, model={"quantization": quantization}, **VARIANTS[variant])
+    inputs, labels = inputs_of(adapted), torch.tensor([0, 2])
 
     def loss(params: dict[str, Tensor]) -> Tensor:
         return F.cross_entropy(adapted.logits(params, inputs), labels)
@@ -90,24 +76,25 @@ def test_slopes_are_those_of_the_loss(folder: str, quantization: str, variant: s
         assert forward_mode([Part(loss, 1.0)], own, directions, at_once)[1] == pytest.approx(truth, rel=1e-3, abs=1e-5)
 
 
-def test_dora_starts_as_the_base_model_quantised_or_not(folder: str) -> None:
+def test_dora_starts_as_the_base_model_quantised_or_not(checkpoint: str) -> None:
     for quantization in ("none", "nf4", "int8"):
-        plain, dora = _load(folder, quantization, kind="none"), _load(folder, quantization, dora=True)
+        model = {"quantization": quantization}
+        plain, dora = load_tiny(checkpoint, model=model, kind="none"), load_tiny(checkpoint, model=model, dora=True)
         assert any(isinstance(module, Dora) for module in dora.model.modules())
-        inputs = _inputs(plain)
+        inputs = inputs_of(plain)
         heads = {name: tensor for name, tensor in plain.tensors().items() if name in plain.units["head"]}
         torch.testing.assert_close(dora.logits(heads, inputs), plain.logits({}, inputs), rtol=1e-4, atol=1e-5)
 
 
-def test_a_matrix_has_the_rank_and_the_scale_that_its_name_is_given(folder: str) -> None:
-    adapted = _load(folder, alpha=8.0, **VARIANTS["ranks"])
+def test_a_matrix_has_the_rank_and_the_scale_that_its_name_is_given(checkpoint: str) -> None:
+    adapted = load_tiny(checkpoint, alpha=8.0, **VARIANTS["ranks"])
     shapes = {name: tuple(tensor.shape) for name, tensor in adapted.tensors().items() if "lora_A" in name}
     ranks = {name.split(".lora_A")[0].rpartition(".")[2]: shape[0] for name, shape in shapes.items()}
     assert (ranks["query"], ranks["value"], ranks["key"]) == (4, 1, 2)
     layers = {name.rpartition(".")[2]: part for name, part in adapted.model.named_modules() if hasattr(part, "scaling")}
     assert (layers["query"].scaling["default"], layers["key"].scaling["default"]) == (2.0, 4.0)
     with pytest.raises(SpryError, match=r"adapter\.rank-pattern names q_proj.*dense, key, query, value"):
-        _load(folder, rank_pattern="q_proj:3")
+        load_tiny(checkpoint, rank_pattern="q_proj:3")
 
 
 @pytest.mark.parametrize(

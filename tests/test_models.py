@@ -10,9 +10,9 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import SENTENCES, shaken, write_checkpoint
+from tiny_checkpoints import SENTENCES, inputs_of, shaken, write_checkpoint
 from tiny_models import tiny_base
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
@@ -27,15 +27,6 @@ LAYER = "encoder.layer.0.attention.self"
 def _load(name: str, seed: int = 0, labels: int = 3, path: str = "", **adapter: Any) -> AdaptedModel:
     model = ModelConfig(name=name, device="cpu")
     return load_model(model, AdapterConfig.model_validate(adapter), labels, seed, path)
-
-
-def _inputs(adapted: AdaptedModel) -> dict[str, Tensor]:
-    return dict(adapted.tokenizer(SENTENCES, padding=True, return_tensors="pt"))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_checkpoint(tmp_path_factory.mktemp("bert"))
 
 
 def test_minilm_comes_from_its_package_and_tells_sentences_apart() -> None:
@@ -69,21 +60,21 @@ def test_folder_that_is_no_checkpoint_is_an_error(tmp_path: Path) -> None:
         _load(str(tmp_path))
 
 
-def test_node_may_load_its_own_copy_instead(folder: str, tmp_path: Path) -> None:
-    assert _load("nobody/nothing", path=folder).fingerprint == _load(folder).fingerprint
+def test_node_may_load_its_own_copy_instead(checkpoint: str, tmp_path: Path) -> None:
+    assert _load("nobody/nothing", path=checkpoint).fingerprint == _load(checkpoint).fingerprint
     with pytest.raises(SpryError, match="does not exist"):
-        _load(folder, path=str(tmp_path / "absent"))
+        _load(checkpoint, path=str(tmp_path / "absent"))
 
 
 @pytest.mark.parametrize("device", ["toaster", "mps", "cuda:99"])
-def test_device_that_is_not_there_is_an_error(folder: str, device: str) -> None:
+def test_device_that_is_not_there_is_an_error(checkpoint: str, device: str) -> None:
     with pytest.raises(SpryError, match=rf"model\.device is '{device}'"):
-        load_model(ModelConfig(name=folder, device=device), AdapterConfig(), 3, 0)
+        load_model(ModelConfig(name=checkpoint, device=device), AdapterConfig(), 3, 0)
 
 
-def test_targets_not_in_the_model_are_an_error_that_lists_what_it_has(folder: str) -> None:
+def test_targets_not_in_the_model_are_an_error_that_lists_what_it_has(checkpoint: str) -> None:
     with pytest.raises(SpryError, match=r"adapter\.targets names q_proj.*dense, key, query, value"):
-        _load(folder, targets="query, q_proj")
+        _load(checkpoint, targets="query, q_proj")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -134,8 +125,8 @@ def test_units_hold_every_trainable_tensor_once_in_depth_order(
     assert blocks == sorted(blocks)
 
 
-def test_unit_is_a_matrix_with_its_factors_and_its_bias(folder: str) -> None:
-    adapted = _load(folder, bias="all")
+def test_unit_is_a_matrix_with_its_factors_and_its_bias(checkpoint: str) -> None:
+    adapted = _load(checkpoint, bias="all")
     prefix = f"base_model.model.bert.{LAYER}.query."
     assert set(adapted.units[f"{LAYER}.query"]) == {
         prefix + "base_layer.bias",
@@ -146,9 +137,9 @@ def test_unit_is_a_matrix_with_its_factors_and_its_bias(folder: str) -> None:
     assert "embeddings.biases" in adapted.units
 
 
-def test_same_seed_gives_the_same_model_and_leaves_the_global_generator_alone(folder: str) -> None:
+def test_same_seed_gives_the_same_model_and_leaves_the_global_generator_alone(checkpoint: str) -> None:
     state = torch.get_rng_state()
-    one, again, other = _load(folder, labels=7), _load(folder, labels=7), _load(folder, seed=1, labels=7)
+    one, again, other = _load(checkpoint, labels=7), _load(checkpoint, labels=7), _load(checkpoint, seed=1, labels=7)
     assert torch.equal(torch.get_rng_state(), state)
     for name, tensor in one.tensors().items():
         assert torch.equal(tensor, again.tensors()[name])
@@ -179,20 +170,20 @@ def test_missing_or_misshapen_head_is_expected_and_silent(
     folder = write_checkpoint(tmp_path)
     capfd.readouterr()
     with caplog.at_level(logging.WARNING):
-        assert _load(folder, labels=9).logits({}, _inputs(_load(folder))).shape == (2, 9)
+        assert _load(folder, labels=9).logits({}, inputs_of(_load(folder))).shape == (2, 9)
         _drop(folder, "classifier")
         _load(folder)
     assert not caplog.records
     assert capfd.readouterr() == ("", "")
 
 
-def test_fingerprint_sees_the_base_weights_and_nothing_else(folder: str, tmp_path: Path) -> None:
-    base = _load(folder).fingerprint
-    assert _load(folder, seed=5, labels=7, kind="none").fingerprint == base
-    half = load_model(ModelConfig(name=folder, dtype="bfloat16"), AdapterConfig(), 3, 0)
+def test_fingerprint_sees_the_base_weights_and_nothing_else(checkpoint: str, tmp_path: Path) -> None:
+    base = _load(checkpoint).fingerprint
+    assert _load(checkpoint, seed=5, labels=7, kind="none").fingerprint == base
+    half = load_model(ModelConfig(name=checkpoint, dtype="bfloat16"), AdapterConfig(), 3, 0)
     assert half.fingerprint == base
     quantised = [
-        load_model(ModelConfig.model_validate({"name": folder, "quantization": kind}), AdapterConfig(), 3, 0)
+        load_model(ModelConfig.model_validate({"name": checkpoint, "quantization": kind}), AdapterConfig(), 3, 0)
         for kind in ("nf4", "fp4", "int8")
     ]
     assert len({adapted.fingerprint for adapted in quantised}) == 1
@@ -209,10 +200,10 @@ def test_fingerprint_sees_one_changed_weight(tmp_path: Path) -> None:
     assert _load(folder).fingerprint != before
 
 
-def test_logits_use_the_given_tensors_and_leave_the_model_as_it_was(folder: str) -> None:
-    adapted = _load(folder)
+def test_logits_use_the_given_tensors_and_leave_the_model_as_it_was(checkpoint: str) -> None:
+    adapted = _load(checkpoint)
     before, moved = adapted.tensors(), shaken(adapted.tensors())
-    inputs = _inputs(adapted)
+    inputs = inputs_of(adapted)
     replaced = adapted.logits(moved, {**inputs, "labels": torch.tensor([0, 1])})
     assert all(torch.equal(tensor, before[name]) for name, tensor in adapted.tensors().items())
     assert not torch.equal(replaced, adapted.logits({}, inputs))
@@ -221,18 +212,18 @@ def test_logits_use_the_given_tensors_and_leave_the_model_as_it_was(folder: str)
     assert torch.equal(adapted.model(**inputs).logits, replaced)
 
 
-def test_backprop_reaches_only_the_tensors_given(folder: str) -> None:
-    adapted = _load(folder)
+def test_backprop_reaches_only_the_tensors_given(checkpoint: str) -> None:
+    adapted = _load(checkpoint)
     top = {name: tensor.requires_grad_() for name, tensor in adapted.tensors().items() if "layer.1" in name}
-    adapted.logits(top, _inputs(adapted)).sum().backward()
+    adapted.logits(top, inputs_of(adapted)).sum().backward()
     assert all(tensor.grad is not None for tensor in top.values())
     assert not any(parameter.requires_grad for parameter in adapted.model.parameters())
-    assert not adapted.logits({}, _inputs(adapted)).requires_grad
+    assert not adapted.logits({}, inputs_of(adapted)).requires_grad
 
 
-def test_dropout_is_off_unless_seeded_and_a_seed_gives_one_mask(folder: str) -> None:
-    adapted = _load(folder, dropout=0.5)
-    params, inputs = shaken(adapted.tensors()), _inputs(adapted)
+def test_dropout_is_off_unless_seeded_and_a_seed_gives_one_mask(checkpoint: str) -> None:
+    adapted = _load(checkpoint, dropout=0.5)
+    params, inputs = shaken(adapted.tensors()), inputs_of(adapted)
     state = torch.get_rng_state()
     plain, one, again, other = (adapted.logits(params, inputs, dropout=seed) for seed in (None, 3, 3, 4))
     assert torch.equal(one, again)
@@ -245,7 +236,7 @@ def test_tokenizer_without_padding_pads_with_its_end_token_and_ignores_it(tmp_pa
     adapted = _load(write_checkpoint(tmp_path, "llama", pad=False))
     assert adapted.tokenizer.pad_token == "</s>"
     assert adapted.model.get_base_model().config.pad_token_id == adapted.tokenizer.pad_token_id
-    together = adapted.logits({}, _inputs(adapted))
+    together = adapted.logits({}, inputs_of(adapted))
     alone = adapted.logits({}, dict(adapted.tokenizer(SENTENCES[1:], return_tensors="pt")))
     torch.testing.assert_close(together[1:], alone, rtol=1e-4, atol=1e-5)
 
@@ -269,7 +260,7 @@ def test_saved_adapter_gives_the_same_logits_when_peft_loads_it(
     assert loaded.peft_config["default"].base_model_name_or_path == folder
     inputs = tokenizer(SENTENCES, padding=True, return_tensors="pt")
     logits = loaded(**inputs).logits
-    torch.testing.assert_close(logits, adapted.logits(trained, _inputs(adapted)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits, adapted.logits(trained, inputs_of(adapted)), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(logits, _load(folder, **adapter).logits({}, dict(inputs)), atol=1e-2)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from federation import Federation, tiny_run
 from peft import PeftModel
-from tiny_checkpoints import SENTENCES, shaken, write_checkpoint
+from tiny_checkpoints import inputs_of, shaken, write_checkpoint
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSequenceClassification
@@ -30,50 +30,41 @@ def _load(folder: str, kind: str, **model: Any) -> AdaptedModel:
     return load_model(settings, AdapterConfig.model_validate({"kind": kind, "virtual_tokens": 3}), 3, 0)
 
 
-def _inputs(adapted: AdaptedModel) -> dict[str, Tensor]:
-    return dict(adapted.tokenizer(SENTENCES, padding=True, return_tensors="pt"))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_checkpoint(tmp_path_factory.mktemp("bert"))
-
-
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_virtual_tokens_are_one_unit_of_the_lowest_block_that_changes_the_logits(folder: str, kind: str) -> None:
-    adapted = _load(folder, kind)
+def test_the_virtual_tokens_are_one_unit_of_the_lowest_block_that_changes_logits(checkpoint: str, kind: str) -> None:
+    adapted = _load(checkpoint, kind)
     assert list(adapted.units) == [PROMPT, "head"]
     assert adapted.depth(adapted.units[PROMPT]) == 0 and adapted.depth(adapted.units["head"]) == 2
     moved = shaken({name: adapted.tensors()[name] for name in adapted.units[PROMPT]})
-    before = adapted.logits({}, _inputs(adapted))
-    assert (adapted.logits(moved, _inputs(adapted)) - before).abs().max() > 1e-2
+    before = adapted.logits({}, inputs_of(adapted))
+    assert (adapted.logits(moved, inputs_of(adapted)) - before).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_saved_adapter_gives_the_same_logits_when_peft_loads_it(tmp_path: Path, folder: str, kind: str) -> None:
-    adapted = _load(folder, kind)
+def test_saved_adapter_gives_the_same_logits_when_peft_loads_it(tmp_path: Path, checkpoint: str, kind: str) -> None:
+    adapted = _load(checkpoint, kind)
     trained = shaken(adapted.tensors())
     save_adapter(adapted, trained, tmp_path)
-    fresh = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
+    fresh = AutoModelForSequenceClassification.from_pretrained(checkpoint, num_labels=3)
     loaded = PeftModel.from_pretrained(fresh, str(tmp_path)).eval()
     with torch.no_grad():
-        logits = loaded(**_inputs(adapted)).logits
-    torch.testing.assert_close(logits, adapted.logits(trained, _inputs(adapted)), rtol=1e-4, atol=1e-5)
+        logits = loaded(**inputs_of(adapted)).logits
+    torch.testing.assert_close(logits, adapted.logits(trained, inputs_of(adapted)), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", HALF)
-def test_a_half_precision_model_takes_them_as_well(folder: str, kind: str) -> None:
-    full, half = _load(folder, kind), _load(folder, kind, dtype="bfloat16")
+def test_a_half_precision_model_takes_them_as_well(checkpoint: str, kind: str) -> None:
+    full, half = _load(checkpoint, kind), _load(checkpoint, kind, dtype="bfloat16")
     trained = shaken(full.tensors())
     torch.testing.assert_close(
-        half.logits(trained, _inputs(half)), full.logits(trained, _inputs(full)), rtol=0.1, atol=0.1
+        half.logits(trained, inputs_of(half)), full.logits(trained, inputs_of(full)), rtol=0.1, atol=0.1
     )
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_checkpointed_backprop_is_backprop_or_refused(folder: str, kind: str) -> None:
-    adapted = _load(folder, kind)
-    inputs, trained = _inputs(adapted), shaken(adapted.tensors())
+def test_checkpointed_backprop_is_backprop_or_refused(checkpoint: str, kind: str) -> None:
+    adapted = _load(checkpoint, kind)
+    inputs, trained = inputs_of(adapted), shaken(adapted.tensors())
     part = Part(lambda params: cross_entropy(adapted.logits(params, inputs), torch.tensor([0, 2])), 1.0)
 
     def gradient(name: str) -> dict[str, Tensor]:
@@ -87,8 +78,8 @@ def test_checkpointed_backprop_is_backprop_or_refused(folder: str, kind: str) ->
         torch.testing.assert_close(gradient("checkpointed-backprop")[name], expected)
 
 
-def test_virtual_tokens_are_for_classification(folder: str) -> None:
-    adapted = _load(folder, "prompt")
+def test_virtual_tokens_are_for_classification(checkpoint: str) -> None:
+    adapted = _load(checkpoint, "prompt")
     adapted.model.active_peft_config.task_type = "CAUSAL_LM"
     with pytest.raises(
         SpryError, match=r'adapter\.kind is "prompt".* for tasks of classification; set adapter\.kind to'

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from runs import HOSTILE, write_run
 
-from spry_app.report import render, write
+from spry_app.atomic import write_whole
+from spry_app.report import render
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here to open a report in")
@@ -43,7 +44,7 @@ document.getElementById("frame").onload = function () {{
 
 def opened(html: str, folder: Path, width: int = 375, dark: bool = False) -> dict[str, Any]:
     """What Chromium makes of it."""
-    write(html, folder / "report.html")
+    write_whole(folder / "report.html", html)
     (folder / "around.html").write_text(AROUND.format(width=width))
     command = [str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-extensions"]
     command += [f"--user-data-dir={folder / 'profile'}", "--allow-file-access-from-files", "--enable-logging=stderr"]

@@ -128,7 +128,7 @@ def test_a_run_that_fails_ends_its_sinks_as_failed_and_its_report_says_why(tmp_p
 @pytest.mark.parametrize(
     ("sinks", "sentence"),
     [
-        ("tensorbord", "telemetry.sinks has 'tensorbord'. Did you mean 'tensorboard'? Known: tensorboard, wandb"),
+        ("tensorbord", "='tensorbord' is not known. Did you mean 'tensorboard'? Known: tensorboard, wandb"),
         ("own_sinks:Absent", "telemetry.sinks='own_sinks:Absent' cannot be imported"),
         ("own_sinks:cannot_begin", "'own_sinks:cannot_begin' cannot begin (PermissionError('no key'))"),
         ("own_sinks:needs", "cannot be imported here (No module named 'a_package_that_is_nowhere')"),

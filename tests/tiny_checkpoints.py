@@ -11,6 +11,9 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from spry_app.config import AdapterConfig, ModelConfig
+from spry_app.models import AdaptedModel, load_model
+
 SENTENCES = ["w5 w9 w11 w2", "w7 w8"]
 
 MAPS: dict[str, dict[str, Any]] = {
@@ -42,6 +45,17 @@ def write_checkpoint(folder: Path, family: str = "bert", pad: bool = True, seed:
         tokenizer_object=words, unk_token="<unk>", eos_token="</s>", model_input_names=names, **special
     ).save_pretrained(folder)
     return str(folder)
+
+
+def load_tiny(folder: str, seed: int = 0, model: dict[str, Any] | None = None, **adapter: Any) -> AdaptedModel:
+    """For three classes. model, adapter: keys of these sections."""
+    config = ModelConfig.model_validate({"name": folder, "device": "cpu", **(model or {})})
+    return load_model(config, AdapterConfig.model_validate(adapter), 3, seed)
+
+
+def inputs_of(adapted: AdaptedModel) -> dict[str, Tensor]:
+    """SENTENCES as the model takes them."""
+    return dict(adapted.tokenizer(SENTENCES, padding=True, return_tensors="pt"))
 
 
 def shaken(tensors: dict[str, Tensor], scale: float = 0.3, seed: int = 0) -> dict[str, Tensor]:

@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
 
+from spry_app.atomic import write_whole
 from spry_app.cli.data import data
-from spry_app.cli.shared import RunConfigOption, tell
-from spry_app.deploy.commands import app as deploy
+from spry_app.cli.deploy import deploy
+from spry_app.cli.shared import RunConfigOption, refusals, tell
 from spry_app.errors import SpryError
 
 app = typer.Typer(
@@ -66,7 +67,7 @@ def run_command(
     from spry_app.launcher.settings import Simulation, resumed_nodes
     from spry_app.launcher.simulation import run
 
-    try:
+    with refusals():
         simulation = Simulation(
             app=app_dir,
             nodes=nodes or (resumed_nodes(resume) if resume else 10),
@@ -77,11 +78,7 @@ def run_command(
             resume=resume,
             verbose=verbose,
         )
-        status = run(simulation, Console())
-    except SpryError as error:
-        print(error, file=sys.stderr)
-        status = 2
-    raise typer.Exit(status)
+        raise typer.Exit(run(simulation, Console()))
 
 
 @app.command("rebuild")
@@ -96,11 +93,8 @@ def rebuild_command(
     """
     from spry_app.server.rebuild import rebuild
 
-    try:
+    with refusals():
         round_ = rebuild(log, output, model)
-    except SpryError as error:
-        print(error, file=sys.stderr)
-        raise typer.Exit(2) from None
     print(f"The adapter after round {round_} is in {output}")
 
 
@@ -146,14 +140,11 @@ def report_command(
 
     Exit status: 0, or 2 where a folder is not one of a run.
     """
-    from spry_app.report import REPORT, render, write
+    from spry_app.report import REPORT, render
 
     path = out or Path(folders[0] if len(folders) == 1 else ".", REPORT)
-    try:
-        write(render(folders, target), path)
-    except (SpryError, OSError) as error:
-        print(error, file=sys.stderr)
-        raise typer.Exit(2) from None
+    with refusals(OSError):
+        write_whole(path, render(folders, target))
     print(path)
 
 
@@ -165,17 +156,36 @@ def export_command(
     model: Annotated[str, typer.Option(help="Local copy of the base model, in place of the one that is named.")] = "",
     force: Annotated[bool, typer.Option("--force", help="Replace all that is in OUTPUT.")] = False,
 ) -> None:
-    """Merge an adapter into its base model, for transformers alone. Pushes nowhere."""
+    """Merge an adapter into its base model, for transformers alone. Pushes nowhere.
+
+    Exit status: 0, or 2 where it cannot be merged or OUTPUT is not empty.
+    """
     from spry_app.server.export import DTYPES, export
 
-    try:
+    with refusals():
         if dtype not in DTYPES:
             raise SpryError(f"--dtype is {dtype!r}; allowed are {', '.join(DTYPES)}.")
         loaded = export(source, output, dtype, model, force)
+    print(f"The model is in {output}: {loaded}")
+
+
+@app.command("mean-pool")
+def mean_pool_command(
+    model: Annotated[str, typer.Argument(help="As model.name: a sentence encoder of the families BERT and RoBERTa.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to write into: absent or empty. Then model.name.")],
+) -> None:
+    """Give a sentence encoder (all-MiniLM, E5, GTE) one more block, so that its classifier sees the mean of all tokens.
+
+    What is written is a plain checkpoint. Exit status: 0, or 2 where that cannot be done.
+    """
+    from spry_app.models.pooling import write_mean_pooled
+
+    try:
+        write_mean_pooled(model, folder)
     except SpryError as error:
         print(error, file=sys.stderr)
         raise typer.Exit(2) from None
-    print(f"The model is in {output}: {loaded}")
+    print(f"Train it with --run-config 'model.name=\"{folder}\"'")
 
 
 @app.command("doctor")
@@ -227,13 +237,10 @@ def worker_command(
     from spry_app.worker.place import Place, default_place
 
     place = Place(socket.expanduser().absolute()) if socket else default_place()
-    try:
+    with refusals():
         if not (status or stop):
             raise typer.Exit(live(place, idle_s, code, descriptors))
         found = health(place) if status else place.stop()
-    except SpryError as error:
-        print(error, file=sys.stderr)
-        raise typer.Exit(2) from None
     if not found:
         print(f"No worker at {place.socket}", file=sys.stderr)
     elif status:

@@ -8,8 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from spry_app.cli.shared import RunConfigOption, tell
-from spry_app.errors import SpryError
+from spry_app.cli.shared import RunConfigOption, refusals, tell
 
 data = typer.Typer(no_args_is_help=True, help="Look at rows before a run does.")
 
@@ -31,15 +30,11 @@ def data_check_command(
     from spry_app.data.check import check_file
     from spry_app.launcher.settings import run_config_of
 
-    try:
+    with refusals():
         disable_progress_bars()
         set_verbosity(CRITICAL)  # what it says of a file that it cannot read is in the finding
         config = run_config_of({"data.source": str(file)}, run_config or ())
-        status = tell(check_file(str(file), config.data), as_json)
-    except SpryError as error:
-        print(error, file=sys.stderr)
-        status = 2
-    raise typer.Exit(status)
+        raise typer.Exit(tell(check_file(str(file), config.data), as_json))
 
 
 @data.command("shards")
@@ -55,14 +50,11 @@ def data_shards_command(
     from spry_app.data.portrait import dealt, draw
     from spry_app.launcher.settings import run_config_of
 
-    try:
+    with refusals():
         config = run_config_of({}, run_config or ())
         names, rows = dealt(config.data, config.seed, nodes)
         if picture:
             draw(names, rows, picture)
-    except SpryError as error:
-        print(error, file=sys.stderr)
-        raise typer.Exit(2) from None
     table = Table("device", "rows", *names, box=None)
     for index, row in enumerate(rows):
         table.add_row(str(index), str(sum(row)), *map(str, row))

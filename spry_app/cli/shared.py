@@ -1,13 +1,16 @@
-"""What several commands have in common: the option of settings, and findings on the screen."""
+"""What several commands have in common: the option of settings, findings on the screen, what is refused."""
 
 import json
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
+from spry_app.errors import SpryError
 from spry_app.findings import Finding
 
 RunConfigOption = Annotated[
@@ -32,3 +35,14 @@ def tell(findings: Iterable[tuple[str, Finding]], as_json: bool) -> int:
         else:
             console.print(f"{marks[found.level]:>16}  {escape(name)}: {escape(found.sentence)}", soft_wrap=True)
     return int(failed)
+
+
+@contextmanager
+def refusals(*also: type[Exception]) -> Iterator[None]:
+    """Exit status 2, with its sentence, of a SpryError and of errors of these kinds."""
+    refused: tuple[type[Exception], ...] = (SpryError, *also)
+    try:
+        yield
+    except refused as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(2) from None

@@ -88,7 +88,7 @@ def evaluate(node: Node, message: Message, method: Method, config: RunConfig, st
     task = dataclasses.replace(task, tensors=tensors_of(task, node, method, config, state))
     check_task(task, node, config)
     node.adapted.load_tensors(task.tensors)
-    return node.score(config.client)
+    return node.score(config.client, slices_of(node, method, config, state))
 
 
 ANSWERS: dict[str, Answer] = {"introduce": introduce, "train": train, "evaluate": evaluate}

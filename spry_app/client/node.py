@@ -6,8 +6,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from spry_app.autodiff.budget import Slices
 from spry_app.autodiff.directions import Tensors
 from spry_app.autodiff.memory import MIB
+from spry_app.autodiff.workspace import workspace
 from spry_app.config import AdapterConfig, ClientConfig, ModelConfig, RunConfig
 from spry_app.data import label_names, load_shard
 from spry_app.errors import SpryError
@@ -46,10 +48,11 @@ class Node:
             self._frozen[id(rows)] = frozen(self.adapted, rows, memory, disk)
         return self._frozen[id(rows)]
 
-    def score(self, config: ClientConfig) -> Score:
-        """Of the tensors now loaded, on the rows held out."""
-        bottom = self.frozen(self.heldout, config)
-        return score(self.adapted, self.heldout, config.batch_size, bottom.entering if bottom else None)
+    def score(self, config: ClientConfig, slices: Slices) -> Score:
+        """Of the tensors now loaded, on the rows held out, in no more memory than a step in these slices."""
+        bottom, at_once = self.frozen(self.heldout, config), min(config.batch_size, slices.micro_batch)
+        with workspace(slices.workspace_bytes):
+            return score(self.adapted, self.heldout, at_once, bottom.entering if bottom else None)
 
 
 def load_node(

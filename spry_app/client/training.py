@@ -53,7 +53,7 @@ def train(node: Node, task: Task, method: Method, config: RunConfig, slices: Sli
         seconds=time.monotonic() - started,
         forwards=local.forwards + (prefix.forwards - before if prefix else 0.0),
         peak_mib=peak,
-        personal=_personal(node, task, local.tensors, config) if task.evaluate else None,
+        personal=_personal(node, task, local.tensors, config, slices) if task.evaluate else None,
     )
 
 
@@ -89,8 +89,8 @@ def _local_batches(rows: int, task: Task, method: Method, config: RunConfig) -> 
     return itertools.islice(endless, steps or None)
 
 
-def _personal(node: Node, task: Task, trained: Tensors, config: RunConfig) -> Score | None:
+def _personal(node: Node, task: Task, trained: Tensors, config: RunConfig, slices: Slices) -> Score | None:
     if not len(node.heldout):
         return None
     node.adapted.load_tensors(task.tensors | trained)
-    return node.score(config.client)
+    return node.score(config.client, slices)

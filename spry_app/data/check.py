@@ -17,6 +17,7 @@ from spry_app.data.sources import require_file
 from spry_app.errors import SpryError
 from spry_app.findings import Finding, Level
 from spry_app.tasks import get_task
+from spry_app.tasks.columns import named
 
 Rows = Iterator[tuple[int, dict[str, Any] | str]]
 """(number of the line or row, from 1; the row, or why it is none)."""
@@ -31,18 +32,22 @@ def check_file(path: str, config: DataConfig) -> Iterator[tuple[str, Finding]]:
     Raises SpryError for a file that is absent or of no kind that is read.
     """
     file = require_file(path, "the file")
-    whole = _by_line(file, config)
-    yield from whole.findings()
+    found, trained = _by_line(file, config), _training(file, config)
+    yield from found.findings("note" if trained.level == "ok" else "problem")
+    yield "training", trained
+
+
+def _training(file: Path, config: DataConfig) -> Finding:
     try:
         rows = load_file(config, str(file))
-        yield "training", Finding("ok", f"{len(rows)} rows can be trained on as data.task {config.task!r}.")
     except SpryError as error:
-        yield "training", Finding("problem", str(error))
+        return Finding("problem", str(error))
+    return Finding("ok", f"{len(rows)} rows can be trained on as data.task {config.task!r}.")
 
 
 @dataclass
 class _Portrait:
-    """What a pass over the lines leaves. fields: what the task reads of a row, without the label."""
+    """What a pass over the lines leaves. fields: what is read of a row, without the label. label: "" for none."""
 
     fields: tuple[str, ...]
     label: str
@@ -68,18 +73,19 @@ class _Portrait:
         label = str(row.get(self.label))
         if self.label:
             self.labels[label] += 1
-        self.words.append(sum(len(str(row.get(name) or "").split()) for name in self.fields))
+        self.words.append(sum(_words(row.get(name)) for name in self.fields))
         if (key := hash(said)) not in self._seen:
             self._seen[key] = label
         else:
             (self.again if self._seen[key] == label else self.torn).append(number)
 
-    def findings(self) -> Iterator[tuple[str, Finding]]:
+    def findings(self, gaps: Level) -> Iterator[tuple[str, Finding]]:
+        """gaps: how bad it is that a row lacks what another has."""
         for number, why in self.broken[:_MOST]:
             yield "rows", Finding("problem", f"{self.noun} {number} is no row: {why}.", {"number": number})
         yield "rows", Finding("ok" if self.rows else "problem", f"{self.rows} rows.", {"rows": self.rows})
         for name, numbers in self.missing.items():
-            yield name, self._told("problem", "missing", numbers)
+            yield name, self._told(gaps, "missing", numbers)
         for name, numbers in self.empty.items():
             yield name, self._told("note", "empty", numbers)
         if self.labels:
@@ -102,17 +108,44 @@ class _Portrait:
 
 
 def _by_line(file: Path, config: DataConfig) -> _Portrait:
-    keys = get_task(config).keys
-    fields = {key: str(getattr(config, key.replace("-", "_"))) for key in sorted(keys) if key.endswith("-field")}
-    label = fields.pop(_LABEL, "")
     noun, rows = _READERS[file.suffix.lower()]
-    found = _Portrait(tuple(filter(None, fields.values())), label, noun)
+    held = (name for _, row in rows(file) if isinstance(row, dict) for name, value in _flat(row) if value is not None)
+    found = _Portrait(*_columns(config, list(dict.fromkeys(held))), noun)
     for number, row in rows(file):
         if isinstance(row, str):
             found.broken.append((number, row))
         else:
-            found.take(number, row)
+            found.take(number, dict(_flat(row)))
     return found
+
+
+def _columns(config: DataConfig, held: Sequence[str]) -> tuple[tuple[str, ...], str]:
+    """What to look at of the columns that a file has: those that the config names, or else all; and the label, or "".
+    A column that no row has is left to whoever trains on them: it may not be needed.
+    """
+    keys = get_task(config).keys
+    fields = {key: str(getattr(config, key.replace("-", "_"))) for key in sorted(keys) if key.endswith("-field")}
+    label = fields.pop(_LABEL, "")
+    wanted = [name for field in fields.values() if field for name in named(field)]
+    read = [column for column in held if any(column == name or column.startswith(f"{name}.") for name in wanted)]
+    return tuple(read or (column for column in held if column != label)), label if label in held else ""
+
+
+def _flat(row: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """Columns within columns by their path ("idx.question"), as they are trained on."""
+    for name, value in row.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", value
+
+
+def _words(value: Any) -> int:
+    """In all texts of a column's value, which may be a list of messages."""
+    if isinstance(value, str):
+        return len(value.split())
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return sum(map(_words, parts))
 
 
 def _json(file: Path) -> Rows:

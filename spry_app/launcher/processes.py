@@ -6,6 +6,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -89,7 +90,8 @@ class Processes:
             while self.alive() and time.monotonic() < deadline:
                 time.sleep(0.05)
         for child in self._children:
-            child.poll()
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(patience_s)  # a zombie whose other threads are still ending cannot be reaped yet
 
     def __enter__(self) -> Self:
         return self

@@ -11,6 +11,7 @@ from types import FrameType
 
 from rich.console import Console
 
+from spry_app.atomic import write_whole
 from spry_app.config import Scalar
 from spry_app.errors import SpryError
 from spry_app.launcher.logs import Tail, cause
@@ -81,12 +82,12 @@ def _run(
 
 def _report(folder: Path) -> None:
     """Of a run that was ended before it could make its own."""
-    from spry_app.report import REPORT, render, write  # takes seconds, which most runs need not wait for
+    from spry_app.report import REPORT, render  # takes seconds, which most runs need not wait for
 
     metrics, report = folder / "metrics.jsonl", folder / REPORT
     if metrics.exists() and (not report.exists() or report.stat().st_mtime < metrics.stat().st_mtime):
         with suppress(SpryError, OSError):
-            write(render([folder]), report)
+            write_whole(report, render([folder]))
 
 
 def _watch(

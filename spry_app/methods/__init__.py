@@ -1,7 +1,6 @@
 """The methods by name, and the way to bring one's own. A new method is a new row."""
 
 import dataclasses
-import difflib
 from typing import Any
 
 from spry_app.autodiff.gradients import GRADIENTS, central, one_sided
@@ -11,7 +10,7 @@ from spry_app.methods.assignment import ASSIGNMENTS, Deal, cyclic_split
 from spry_app.methods.fit import Layout, as_it_is, cut_in_two
 from spry_app.methods.method import Method
 from spry_app.methods.pick import NEAREST
-from spry_app.plugins import load_object
+from spry_app.plugins import look_up
 
 _FORWARD, _BACKPROP = GRADIENTS["forward-mode"], GRADIENTS["backprop"]
 _CENTRAL, _ONE_SIDED = GRADIENTS["central-difference"], GRADIENTS["one-sided-difference"]
@@ -97,16 +96,10 @@ def _check_privacy(config: RunConfig, method: Method) -> None:
 
 def _find(name: str) -> Method:
     """A row of the table, or the Method at "package.module:object"."""
-    if ":" in name:
-        method = load_object(name, "method")
-        if not isinstance(method, Method):
-            raise SpryError(f"method={name!r} is a {type(method).__name__}; it must be a spry_app.methods.Method.")
-        return method
-    if name not in METHODS:
-        near = difflib.get_close_matches(name, METHODS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise SpryError(f'method={name!r} is not known.{hint} Known: {", ".join(METHODS)}, or "package.module:object".')
-    return METHODS[name]
+    method = look_up(name, METHODS, "method")
+    if not isinstance(method, Method):
+        raise SpryError(f"method={name!r} is a {type(method).__name__}; it must be a spry_app.methods.Method.")
+    return method
 
 
 __all__ = ["METHODS", "Deal", "Layout", "Method", "get_method"]

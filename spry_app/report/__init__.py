@@ -24,11 +24,4 @@ def render(folders: Sequence[Path], target: float | None = None) -> str:
         raise SpryError(f"The files in {names} are not as a run of Spry leaves them ({error!r}).") from error
 
 
-def write(text: str, path: Path) -> None:
-    """At once or not at all."""
-    fresh = path.with_suffix(".new")
-    fresh.write_text(text)
-    fresh.replace(path)
-
-
-__all__ = ["REPORT", "render", "write"]
+__all__ = ["REPORT", "render"]

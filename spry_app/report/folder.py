@@ -9,14 +9,17 @@ from typing import Any
 from spry_app.errors import SpryError
 
 Row = dict[str, Any]
+_NESTED = {"metrics": "", "personalised": "personalised-"}
+"""What a line of metrics.jsonl has of its task's metrics -> what comes before their names."""
 
 
 @dataclass(frozen=True)
 class Run:
     """A run's files as values; what a file would have told is empty where there is none.
 
-    rounds: lines of metrics.jsonl, with "mib" for both ways together. about: run.json. assignments: lines of
-    assignments.jsonl. result: result.json of a run that has completed the last of `rounds`.
+    rounds: lines of metrics.jsonl, the task's metrics among the rest ("f1", "personalised-f1"), and "mib" for both ways
+    together. about: run.json. assignments: lines of assignments.jsonl. result: result.json of a run that has completed
+    the last of `rounds`.
     """
 
     name: str
@@ -49,7 +52,7 @@ def read_run(folder: Path) -> Run:
         inside = sorted(path.parent.name for path in folder.glob("*/metrics.jsonl"))
         hint = f" There are runs in it: {', '.join(inside[:4])}." if inside else ""
         raise SpryError(f"{folder} is not the folder of a run: it has neither metrics.jsonl nor config.json.{hint}")
-    rounds = [{**line, "mib": _both_ways(line)} for line in _lines(folder / "metrics.jsonl")]
+    rounds = [{**_flat(line), "mib": _both_ways(line)} for line in _lines(folder / "metrics.jsonl")]
     result = _object(folder / "result.json")
     done = bool(rounds) and result.get("rounds") == rounds[-1].get("round")
     return Run(
@@ -67,6 +70,16 @@ def number(value: object) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
+
+
+def _flat(line: Row) -> Row:
+    """What the line itself has by a name stays."""
+    found = dict(line)
+    for key, before in _NESTED.items():
+        named = line.get(key)
+        for name, value in named.items() if isinstance(named, dict) else ():
+            found.setdefault(before + name, value)
+    return found
 
 
 def _both_ways(line: Row) -> float:

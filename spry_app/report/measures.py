@@ -39,8 +39,13 @@ def heading(name: str) -> str:
 
 
 def main_quality(runs: Sequence[Run]) -> str:
-    """By which runs are judged: the first quality of the global model that is not a loss, else the first."""
+    """By which runs are judged: their task's main metric, that of most runs; where none was measured, the first quality
+    of the global model that is not a loss, else the first.
+    """
     names = list(dict.fromkeys(name for run in runs for name in qualities(run.rounds)))
+    wanted = [name for run in runs for line in run.rounds if (name := line.get("main-metric")) in names]
+    if wanted:
+        return str(max(wanted, key=lambda name: sum(bool(run.curve(name)) for run in runs)))
     plain = [name for name in names if not _split(name)[0]] or names
     return next((name for name in plain if not lower_is_better(name)), next(iter(plain), ""))
 

@@ -5,7 +5,6 @@ is whole at any time.
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from torch import Tensor
@@ -14,7 +13,6 @@ from spry_app.errors import SpryError
 from spry_app.models import AdaptedModel, save_adapter
 
 LABELS = "labels.json"
-_PACKAGES = ("spry", "flwr", "torch", "transformers", "peft", "bitsandbytes")
 
 
 def write_adapter(
@@ -46,14 +44,3 @@ def read_labels(folder: Path) -> list[str]:
             f"{folder / LABELS} cannot be read ({error}): write the names of the classes as a list."
         ) from None
     return [str(name) for name in found]
-
-
-def versions() -> dict[str, str]:
-    """Package -> version, of those that a result depends on."""
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from flwr.common.logger import log
 
-from spry_app.report import REPORT, render, write
+from spry_app.atomic import write_whole
+from spry_app.report import REPORT, render
 from spry_app.server.roster import failed
 
 
@@ -26,6 +27,6 @@ def reported(folder: Path) -> Iterator[None]:
 
 def _report(folder: Path) -> None:
     try:
-        write(render([folder]), folder / REPORT)
+        write_whole(folder / REPORT, render([folder]))
     except Exception as error:  # a run is not lost for its picture
         log(WARNING, "No report of this run could be made: %s", error)

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from flwr.common.logger import log
 
+from spry_app.atomic import write_whole
 from spry_app.config import RunConfig
 from spry_app.errors import SpryError
 from spry_app.protocol import Introduction, Score, Task, Tensors, TrainReply, said
@@ -94,7 +95,7 @@ class Recorder:
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self._flat = folder, config.flat()
-        _write_whole(folder / "config.json", json.dumps(self._flat, indent=2) + "\n")
+        write_whole(folder / "config.json", json.dumps(self._flat, indent=2) + "\n")
         self._slopes: SlopeLog | None = None
         self.metrics_path = folder / "metrics.jsonl"
         self.rounds: list[Round] = []
@@ -136,7 +137,7 @@ class Recorder:
             last = self.rounds[-1]
         except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
             raise SpryError(f"{self.folder} cannot be resumed: its metrics.jsonl cannot be read ({error}).") from None
-        _write_whole(self.metrics_path, "".join(line.as_json() + "\n" for line in self.rounds))
+        write_whole(self.metrics_path, "".join(line.as_json() + "\n" for line in self.rounds))
         self._bytes_up, self._bytes_down = round(last.mib_up * MIB), round(last.mib_down * MIB)
         self._forwards, self._start = last.forwards, self._start - last.seconds
 
@@ -232,10 +233,3 @@ class Recorder:
             f"round {now.round}/{now.rounds}{numbers}  clients {now.answered}/{now.asked}  "
             f"sent {now.mib_down:.2f} MiB  received {now.mib_up:.2f} MiB  {left:.0f} s left"
         )
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Replace the file, or, where there is no room for the new one, leave it as it is."""
-    fresh = path.with_suffix(".new")
-    fresh.write_text(text)
-    fresh.replace(path)

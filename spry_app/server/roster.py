@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from spry_app.atomic import write_whole
 from spry_app.config import RunConfig
 from spry_app.protocol import Introduction, Task
 
@@ -28,7 +29,11 @@ class Roster:
         self._folder, self._path, self._secret = folder, folder / "assignments.jsonl", bool(config.privacy.mode)
         self.labels: Callable[[int], Labels | None] = lambda shards: None
         """Of so many shards of the run's data, where it is known that nodes hold just those."""
-        self._about: dict[str, Any] = {"versions": _versions(), "started": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"}
+        machine = {"python": platform.python_version(), "platform": platform.platform()}
+        self._about: dict[str, Any] = {
+            "versions": machine | versions(),
+            "started": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        }
         self._tasks: Mapping[int, Task] = {}
         self._used: set[int] = set()
         self._path.write_text("" if after is None else _until(self._path, after))
@@ -75,14 +80,14 @@ class Roster:
         return {"label-names": names, "nodes": [{**node, "labels": counts[node["partition"]]} for node in nodes]}
 
     def _write(self) -> None:
-        _write_whole(self._folder / _ABOUT, self._about)
+        write_whole(self._folder / _ABOUT, json.dumps(self._about) + "\n")
 
 
 def failed(folder: Path, why: str) -> None:
     """Keep why a run failed, if it had begun."""
     path = folder / _ABOUT
     with suppress(OSError, ValueError):  # what is told must not hide what it tells of
-        _write_whole(path, {**json.loads(path.read_text()), "failed": why})
+        write_whole(path, json.dumps({**json.loads(path.read_text()), "failed": why}) + "\n")
 
 
 def _agree(nodes: Sequence[Mapping[str, Any]], counts: Sequence[Sequence[int]]) -> bool:
@@ -101,15 +106,10 @@ def _until(path: Path, last: int) -> str:
     return "".join(line + "\n" for line in kept)
 
 
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "platform": platform.platform()}
+def versions() -> dict[str, str]:
+    """Package -> version, of those that a result depends on."""
+    found = {}
     for name in _PACKAGES:
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
-
-
-def _write_whole(path: Path, value: Mapping[str, Any]) -> None:
-    fresh = path.with_suffix(".new")
-    fresh.write_text(json.dumps(value) + "\n")
-    fresh.replace(path)

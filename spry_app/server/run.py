@@ -29,7 +29,7 @@ from spry_app.plugins import load_object
 from spry_app.prefix import PrefixCache, frozen
 from spry_app.protocol import Score, from_arrays, to_arrays
 from spry_app.report import REPORT
-from spry_app.server.adapter_folder import versions, write_adapter
+from spry_app.server.adapter_folder import write_adapter
 from spry_app.server.card import card
 from spry_app.server.checkpoint import load
 from spry_app.server.ending import reported
@@ -37,6 +37,7 @@ from spry_app.server.frame_file import load_frame, save_frame
 from spry_app.server.memory import step_peaks
 from spry_app.server.picture import draw
 from spry_app.server.record import Recorder
+from spry_app.server.roster import versions
 from spry_app.server.stopping import Stopped, end_round
 from spry_app.server.strategy import SpryStrategy
 from spry_app.server.telemetry import Telemetry, opened

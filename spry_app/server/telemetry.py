@@ -2,7 +2,6 @@
 The places themselves are in sinks.py.
 """
 
-import difflib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from logging import INFO, WARNING
@@ -13,7 +12,7 @@ from flwr.common.logger import log
 
 from spry_app.config import RunConfig
 from spry_app.errors import SpryError
-from spry_app.plugins import load_object
+from spry_app.plugins import look_up
 from spry_app.server.sinks import SINKS, Sink
 
 
@@ -77,18 +76,12 @@ def _end(name: str, sink: Sink, completed: bool) -> None:
 
 
 def _open(name: str, folder: Path, config: RunConfig) -> Sink:
-    own = ":" in name
-    if not own and name not in SINKS:
-        near = difflib.get_close_matches(name, SINKS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        known = ", ".join(SINKS)
-        raise SpryError(f'telemetry.sinks has {name!r}.{hint} Known: {known}, or "package.module:object".')
-    make = load_object(name, "telemetry.sinks") if own else SINKS[name]
+    make = look_up(name, SINKS, "telemetry.sinks")
     folder.mkdir(parents=True, exist_ok=True)
     try:
         sink = make(folder, config.flat())
     except ImportError as error:
-        install = "" if own else f": pip install 'spry[{name}]'"
+        install = f": pip install 'spry[{name}]'" if name in SINKS else ""
         raise SpryError(f"telemetry.sinks has {name!r}, which cannot be imported here ({error}){install}") from error
     except Exception as error:
         raise SpryError(f"telemetry.sinks: {name!r} cannot begin ({error!r}). Mend it, or leave it out.") from error

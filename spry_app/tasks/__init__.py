@@ -1,10 +1,8 @@
 """What is learned: how rows become tensors, and how a model's answers are judged. One file a task."""
 
-import difflib
-
 from spry_app.config import DataConfig, kebab
 from spry_app.errors import SpryError
-from spry_app.plugins import load_object
+from spry_app.plugins import look_up
 from spry_app.tasks.causal_lm import CAUSAL_LM
 from spry_app.tasks.classification import CLASSIFICATION
 from spry_app.tasks.encoded import IGNORED, Encoded
@@ -29,9 +27,10 @@ def task_keys() -> frozenset[str]:
 def get_task(config: DataConfig) -> LearningTask:
     """The task of a run. Raises SpryError where `data.task` names none, or a key is set that it does not use."""
     task, usual = _find(config.task), DataConfig()
+    others = task_keys() - task.keys
     for name in DataConfig.model_fields:
         got, key = getattr(config, name), kebab(name)
-        if key in task_keys() - task.keys and got != getattr(usual, name):
+        if key in others and got != getattr(usual, name):
             raise SpryError(
                 f"data.{key} is {got!r}, which data.task {config.task!r} does not use; leave it "
                 f"{getattr(usual, name)!r}."
@@ -45,18 +44,10 @@ def task_of_adapter(peft_type: str | None) -> LearningTask:
 
 
 def _find(name: str) -> LearningTask:
-    if ":" in name:
-        task = load_object(name, "data.task")
-        if not isinstance(task, LearningTask):
-            raise SpryError(f"data.task={name!r} is a {type(task).__name__}; it must be a spry_app.tasks.LearningTask.")
-        return task
-    if name not in TASKS:
-        near = difflib.get_close_matches(name, TASKS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise SpryError(
-            f'data.task={name!r} is not known.{hint} Known: {", ".join(TASKS)}, or "package.module:object".'
-        )
-    return TASKS[name]
+    task = look_up(name, TASKS, "data.task")
+    if not isinstance(task, LearningTask):
+        raise SpryError(f"data.task={name!r} is a {type(task).__name__}; it must be a spry_app.tasks.LearningTask.")
+    return task
 
 
 __all__ = ["IGNORED", "TASKS", "Encoded", "LearningTask", "Model", "Sums", "get_task", "task_keys", "task_of_adapter"]

@@ -21,7 +21,7 @@ from spry_app.tasks.columns import dealt_by
 from spry_app.tasks.conversation import examples, give_template
 from spry_app.tasks.encoded import IGNORED, Encoded
 from spry_app.tasks.packing import packed, refuse_what_cannot_be_packed
-from spry_app.tasks.task import LearningTask, Model, Names, part
+from spry_app.tasks.task import LearningTask, Model, Names, ratio
 
 _MOST_TOKENS = 2.0**31
 Example = tuple[list[int], list[bool]]
@@ -142,8 +142,8 @@ CAUSAL_LM = LearningTask(
     sums={"tokens": (1, _MOST_TOKENS), "tokens-right": (0, _MOST_TOKENS), "rows-right": (0, 1)},
     metrics={
         "perplexity": lambda sums: math.exp(min(sums["loss"] / sums["tokens"], 700.0)),  # the largest that is a number
-        "token-accuracy": part("tokens-right", "tokens"),
-        "exact-match": part("rows-right", "examples"),
+        "token-accuracy": ratio("tokens-right", "tokens"),
+        "exact-match": ratio("rows-right", "examples"),
     },
     main_metric="token-accuracy",
     loss_over="tokens",

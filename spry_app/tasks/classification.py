@@ -14,7 +14,7 @@ from spry_app.config import DataConfig
 from spry_app.tasks import classes
 from spry_app.tasks.columns import require, text
 from spry_app.tasks.encoded import Encoded
-from spry_app.tasks.task import LearningTask, Model, Names, part
+from spry_app.tasks.task import LearningTask, Model, Names, ratio
 
 
 def _require(raw: Dataset, config: DataConfig, where: str) -> None:
@@ -90,7 +90,7 @@ CLASSIFICATION = LearningTask(
     loss=_loss,
     judge=_judge,
     sums={"correct": (0, 1)},
-    metrics={"accuracy": part("correct", "examples")},
+    metrics={"accuracy": ratio("correct", "examples")},
     main_metric="accuracy",
     names=classes.configured_names,
     classes=_classes,

@@ -22,9 +22,14 @@ def require(raw: Dataset, wanted: Mapping[str, str], where: str) -> None:
     if not raw.num_rows:
         raise SpryError(f"{where} has no rows; it needs at least one.")
     for key, field in wanted.items():
-        for name in _PLACE.findall(field) or [field]:
+        for name in named(field):
             if name not in raw.column_names:
                 raise SpryError(f"{key} is {field!r}, but {where} has {missing_field(name, raw.column_names)}")
+
+
+def named(field: str) -> list[str]:
+    """The columns that a template is made of, or the one that it is."""
+    return _PLACE.findall(field) or [field]
 
 
 def missing_field(field: str, columns: Sequence[str]) -> str:

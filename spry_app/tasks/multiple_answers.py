@@ -16,7 +16,7 @@ from spry_app.errors import SpryError
 from spry_app.tasks.classification import CLASSIFICATION, loss
 from spry_app.tasks.columns import require, whole
 from spry_app.tasks.encoded import Encoded
-from spry_app.tasks.task import LearningTask, Model, Names, Sums, part, within
+from spry_app.tasks.task import LearningTask, Model, Names, Sums, ratio, within
 
 
 def _columns(raw: Dataset, config: DataConfig, names: Names, where: str) -> dict[str, Any]:
@@ -74,8 +74,8 @@ MULTIPLE_ANSWERS: LearningTask = replace(
     sums=dict.fromkeys(("correct", "said", "right", "both", "questions", "exact"), (0, 1)),
     metrics={
         "f1": lambda sums: within(2 * sums["both"] / (sums["said"] + sums["right"])),
-        "exact": part("exact", "questions"),
-        "accuracy": part("correct", "examples"),
+        "exact": ratio("exact", "questions"),
+        "accuracy": ratio("correct", "examples"),
     },
     main_metric="f1",
 )

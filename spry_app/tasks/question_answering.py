@@ -18,7 +18,7 @@ from spry_app.errors import SpryError
 from spry_app.tasks import squad
 from spry_app.tasks.columns import dealt_by, missing_field, require, text, whole
 from spry_app.tasks.encoded import IGNORED, Encoded
-from spry_app.tasks.task import LearningTask, Model, Names, Sums, part, within
+from spry_app.tasks.task import LearningTask, Model, Names, Sums, ratio, within
 from spry_app.tasks.windows import Offsets, room_for_question, shortened, windows
 
 _NOTHING = float("-inf")
@@ -216,10 +216,10 @@ QUESTION_ANSWERING = LearningTask(
     judge=_judge,
     sums=dict.fromkeys(squad.totals((), ()), (0, 1)),
     metrics={
-        "exact": part("exact", "questions"),
-        "f1": part("f1", "questions"),
-        "answerable-exact": part("answerable-exact", "answerable-questions"),
-        "answerable-f1": part("answerable-f1", "answerable-questions"),
+        "exact": ratio("exact", "questions"),
+        "f1": ratio("f1", "questions"),
+        "answerable-exact": ratio("answerable-exact", "answerable-questions"),
+        "answerable-f1": ratio("answerable-f1", "answerable-questions"),
         "unanswerable-exact": lambda sums: within(
             (sums["exact"] - sums["answerable-exact"]) / (sums["questions"] - sums["answerable-questions"])
         ),

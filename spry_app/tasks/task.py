@@ -35,7 +35,7 @@ class Model(Protocol):
         """The same, not yet summed: the loss of each token, and whether it is the likeliest; (rows, tokens) each."""
 
 
-def part(amount: str, whole: str) -> Metric:
+def ratio(amount: str, whole: str) -> Metric:
     """`amount` of `whole`: from 0 to 1, whatever nodes say within the bounds of their sums."""
     return lambda sums: within(sums[amount] / sums[whole])
 

@@ -1,16 +1,13 @@
 """The commands of `spry deploy`: read arguments, call, say what to do next. No key is ever printed."""
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from spry_app.errors import SpryError
+from spry_app.cli.shared import refusals
 
-app = typer.Typer(
+deploy = typer.Typer(
     no_args_is_help=True,
     help="Certificates, keys and the list of nodes of a deployment on real devices: docs/deployment.md.",
 )
@@ -21,7 +18,7 @@ _Name = Annotated[str, typer.Argument(help="Name of the node, e.g. jetson.")]
 NODE_PORT = 8443
 
 
-@app.command("server")
+@deploy.command("server")
 def server_command(
     names: Annotated[list[str], typer.Argument(help="Names and addresses by which nodes reach the server.")],
     days: Annotated[int, typer.Option(min=1, help="How long the server's certificate is valid.")] = 397,
@@ -37,7 +34,7 @@ def server_command(
     from spry_app.deploy.nodes import write_connection
 
     files = Folder(folder)
-    with _refusals():
+    with refusals():
         made = make_server(files, names, days, force)
         write_connection(files, superlink)
         print(f"{'New CA' if made else 'CA as before'}: {files.ca} (its key stays here: {files.ca_key.name})")
@@ -46,7 +43,7 @@ def server_command(
         print(f"To start runs:  export FLWR_HOME={files.connection.parent.resolve()}")
 
 
-@app.command("renew")
+@deploy.command("renew")
 def renew_command(
     days: Annotated[int, typer.Option(min=1, help="How long the new certificate is valid.")] = 397,
     folder: _FolderOption = _FOLDER,
@@ -56,12 +53,12 @@ def renew_command(
     from spry_app.deploy.files import Folder
 
     files = Folder(folder)
-    with _refusals():
+    with refusals():
         make_server(files, server_names(files), days, force=True)
         print(f"Valid until {valid_until(files)}: copy {files.server} and {files.server_key.name}, restart the server.")
 
 
-@app.command("node")
+@deploy.command("node")
 def node_command(
     name: _Name,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Where the server lets nodes in.")] = NODE_PORT,
@@ -74,7 +71,7 @@ def node_command(
     from spry_app.deploy.nodes import make_key
 
     files = Folder(folder)
-    with _refusals():
+    with refusals():
         host = server_names(files)[0]
         key = make_key(files, name, force)
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -87,28 +84,28 @@ def node_command(
         )
 
 
-@app.command("register")
+@deploy.command("register")
 def register_command(name: _Name, folder: _FolderOption = _FOLDER) -> None:
     """Tell the running SuperLink to let the node in."""
     from spry_app.deploy.files import Folder
     from spry_app.deploy.nodes import register
 
-    with _refusals():
+    with refusals():
         print(f"{name} is node {register(Folder(folder), name)}")
 
 
-@app.command("list")
+@deploy.command("list")
 def list_command(folder: _FolderOption = _FOLDER) -> None:
     """List the nodes that the running SuperLink lets in."""
     from spry_app.deploy.files import Folder
     from spry_app.deploy.nodes import registered
 
-    with _refusals():
+    with refusals():
         for node in registered(Folder(folder)):
             print(f"{node.name or '(registered elsewhere)':24} {node.node_id:>20}  {node.status}")
 
 
-@app.command("remove")
+@deploy.command("remove")
 def remove_command(
     name: Annotated[str, typer.Argument(help="Name of the node, or its id.")], folder: _FolderOption = _FOLDER
 ) -> None:
@@ -116,15 +113,5 @@ def remove_command(
     from spry_app.deploy.files import Folder
     from spry_app.deploy.nodes import remove
 
-    with _refusals():
+    with refusals():
         print(f"Removed node {remove(Folder(folder), name)}; its key is of no use any more.")
-
-
-@contextmanager
-def _refusals() -> Iterator[None]:
-    """Exit status 2 with the sentence of what was refused."""
-    try:
-        yield
-    except SpryError as error:
-        print(error, file=sys.stderr)
-        raise typer.Exit(2) from None
