@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.padding import Padding
 
 from spry_app.cli.data import data
+from spry_app.cli.plan import plan_command
 from spry_app.cli.shared import RunConfigOption, tell
 from spry_app.deploy.commands import app as deploy
 from spry_app.errors import SpryError
@@ -21,6 +22,7 @@ app = typer.Typer(
 )
 app.add_typer(deploy, name="deploy")
 app.add_typer(data, name="data")
+app.command("plan")(plan_command)
 
 
 @app.callback(invoke_without_command=True)
