@@ -38,7 +38,9 @@ ALLOWED: dict[str, set[str]] = {
     "launcher": LEAVES | {"report"},
     "deploy": LEAVES | {"launcher"},
     "doctor": LEAVES | {"autodiff", "client", "methods", "models"},
-    "cli": LEAVES | {"data", "deploy", "doctor", "launcher", "models", "report", "server", "worker"},
+    "planner": LEAVES
+    | {"autodiff", "client", "data", "methods", "models", "objectives", "protocol", "server", "slope_log", "tasks"},
+    "cli": LEAVES | {"data", "deploy", "doctor", "launcher", "models", "planner", "report", "server", "worker"},
 }
 MAY_IMPORT_FLOWER = {"protocol", "client", "server", "launcher", "data", "worker"}
 FORBIDDEN_NAMES = {"utils", "common", "helpers", "core", "misc"}

@@ -9,6 +9,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
@@ -32,11 +33,27 @@ def with_peak(step: Callable[[], T], device: torch.device | str) -> tuple[T, flo
 
     On "meta" nothing is computed: the same step runs on tensors without data, whose sizes are counted from birth to
     death, so a model that fits nowhere can be asked too. Attention is counted as the kernel of the CPU; temporaries
-    inside other operators are not seen. Every number that the step reads is zero.
+    inside other operators are not seen. Every number that the step reads is zero. It stands for a device beside the
+    host, or for the host itself (`on_the_host`).
     """
     results: list[T] = []
     worst = _PEAKS[torch.device(device).type](lambda: results.append(step()), torch.device(device))
     return results[0], worst / MIB
+
+
+_host: ContextVar[bool] = ContextVar("host", default=False)
+
+
+@contextmanager
+def on_the_host() -> Iterator[None]:
+    """Inside it "meta" stands for the CPU: tensors on the CPU count as those on "meta" do, and bringing them there in
+    their own format copies nothing.
+    """
+    token = _host.set(True)
+    try:
+        yield
+    finally:
+        _host.reset(token)
 
 
 def peak_mib(step: Callable[[], object], device: torch.device | str) -> float:
@@ -101,7 +118,7 @@ def _cpu_peak(step: Callable[[], object], device: torch.device) -> int:
 
 
 def _meta_peak(step: Callable[[], object], device: torch.device) -> int:
-    with _attention_of_the_cpu(), _LiveBytes() as count:
+    with _attention_of_the_cpu(), _LiveBytes(_host.get()) as count:
         step()
     return int(count.peak)
 
@@ -114,11 +131,15 @@ _PEAKS: dict[str, Callable[[Callable[[], object], torch.device], int]] = {
 
 
 class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the storages on "meta" that operations make. One that came in as an argument was there before."""
+    """Counts the storages on "meta" that operations make. One that came in as an argument was there before.
 
-    def __init__(self) -> None:
+    host: and those on the CPU, which a copy to "meta" in the same format is one of.
+    """
+
+    def __init__(self, host: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak = 0
+        self._host = host
         self._alive = 0
         self._storages: dict[int, weakref.ref[Any]] = {}
 
@@ -126,9 +147,13 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        old = {id(tensor.untyped_storage()) for tensor in _without_data((args, kwargs))}
+        if func.is_view:
+            return func(*args, **kwargs)
+        old = {id(tensor.untyped_storage()) for tensor in _counted((args, kwargs), self._host)}
         out = _READS.get(func, func)(*args, **kwargs)
-        for tensor in _without_data(out):
+        if self._host and func is _TO and args[0].device != out.device and args[0].dtype == out.dtype:
+            return out
+        for tensor in _counted(out, self._host):
             storage = tensor.untyped_storage()
             if id(storage) not in old and id(storage) not in self._storages:
                 self._follow(storage)
@@ -146,9 +171,9 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.peak = max(self.peak, self._alive)
 
 
-def _without_data(tree: Any) -> Iterator[Tensor]:
+def _counted(tree: Any, host: bool) -> Iterator[Tensor]:
     for leaf in tree_leaves(tree):
-        if isinstance(leaf, Tensor) and leaf.is_meta:
+        if isinstance(leaf, Tensor) and (leaf.is_meta or host):
             while is_functorch_wrapped_tensor(leaf):  # torch.func mostly unwraps them, and not for `tensor.data`
                 leaf = get_unwrapped(leaf)
             if not leaf._is_zerotensor():  # a tangent that is zero as a whole never has memory
@@ -156,21 +181,19 @@ def _without_data(tree: Any) -> Iterator[Tensor]:
 
 
 def _number(tensor: Tensor) -> Any:
-    return torch.zeros((), dtype=tensor.dtype).item()
+    return torch.zeros((), dtype=tensor.dtype).item() if tensor.is_meta else tensor.item()
 
 
 def _copy(tensor: Tensor, **options: Any) -> Tensor:
     device = options.get("device")
     if tensor.is_meta and device is not None and torch.device(device).type != "meta":
         return torch.zeros(tensor.shape, dtype=options.get("dtype") or tensor.dtype, device=device)
-    copy: Tensor = torch.ops.aten._to_copy.default(tensor, **options)
+    copy: Tensor = _TO(tensor, **options)
     return copy
 
 
-_READS: dict[Any, Callable[..., Any]] = {
-    torch.ops.aten._local_scalar_dense.default: _number,
-    torch.ops.aten._to_copy.default: _copy,
-}
+_TO = torch.ops.aten._to_copy.default
+_READS: dict[Any, Callable[..., Any]] = {torch.ops.aten._local_scalar_dense.default: _number, _TO: _copy}
 """Where data would leave the device."""
 
 

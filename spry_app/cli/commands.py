@@ -14,6 +14,7 @@ from rich.padding import Padding
 from spry_app.atomic import write_whole
 from spry_app.cli.data import data
 from spry_app.cli.deploy import deploy
+from spry_app.cli.plan import plan_command
 from spry_app.cli.shared import RunConfigOption, refusals, tell
 from spry_app.errors import SpryError
 
@@ -22,6 +23,7 @@ app = typer.Typer(
 )
 app.add_typer(deploy, name="deploy")
 app.add_typer(data, name="data")
+app.command("plan")(plan_command)
 
 
 @app.callback(invoke_without_command=True)

@@ -31,7 +31,7 @@ def train(node: Node, task: Task, method: Method, config: RunConfig, slices: Sli
     exact = exact_names(node.adapted.units, method, config.head_gradient) & own.keys()
     local, peak = LocalTraining(local_optimizer(own, node.adapted.units, config.client), method), 0.0
     first = Seed(config.seed, task.round, task.number, step=0, sharing=task.sharing)
-    with _prefix(node, own, config) as prefix:
+    with prefix_of(node, own, config) as prefix:
         before = prefix.forwards if prefix else 0.0
         suffix = suffix_above(node.adapted.depth(own), len(node.adapted.blocks))
         gradient = method.pick.gradient(method.gradient, task.update, config.client)
@@ -58,7 +58,7 @@ def train(node: Node, task: Task, method: Method, config: RunConfig, slices: Sli
 
 
 @contextmanager
-def _prefix(node: Node, own: Iterable[str], config: RunConfig) -> Iterator[PrefixCache | None]:
+def prefix_of(node: Node, own: Iterable[str], config: RunConfig) -> Iterator[PrefixCache | None]:
     """Where passes begin: below all of the client's tensors nothing changes during its task, unless dropout makes it
     random; below those of all clients, nothing ever.
     """

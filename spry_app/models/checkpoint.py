@@ -28,7 +28,7 @@ from spry_app.tasks import LearningTask
 
 logger = logging.getLogger(__name__)
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _QUANTIZERS: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
     "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
@@ -53,17 +53,13 @@ def load_checkpoint(
     num_labels: classes of the task, 0 where it has none.
     """
     location = find(config.name, path)
-    quantizer = _quantizer(config)
-    with _quiet(), _explained(config, task, location):
-        settings = AutoConfig.from_pretrained(
-            location, revision=config.revision or None, trust_remote_code=False, **_classes(num_labels)
-        )
-        if getattr(settings, "quantization_config", None):
-            raise ValueError("it is quantised already; take the full checkpoint and set model.quantization")
+    quantizer = quantizer_of(config)
+    with quiet(), explained(config, task, location):
+        settings = settings_of(config, location, num_labels)
         tokenizer = AutoTokenizer.from_pretrained(location, revision=config.revision or None, trust_remote_code=False)
         _pad(tokenizer, settings)
         skeleton = _skeleton(settings, task)
-        head = _head(skeleton, task.noun) if task.head else ()
+        head = head_of(skeleton, task)
         check_room(skeleton, head, config, device)
         if quantizer is not None and head:
             quantizer.llm_int8_skip_modules = list(head)
@@ -71,7 +67,7 @@ def load_checkpoint(
             location,
             revision=config.revision or None,
             config=settings,
-            dtype=_DTYPES[config.dtype],
+            dtype=DTYPES[config.dtype],
             quantization_config=quantizer,
             # bitsandbytes quantises on the device; the rest is drawn on the CPU, where all nodes draw the same.
             device_map={"": device if quantizer is not None else "cpu"},
@@ -105,7 +101,8 @@ def find_device(name: str) -> torch.device:
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
-def _quantizer(config: ModelConfig) -> BitsAndBytesConfig | None:
+def quantizer_of(config: ModelConfig) -> BitsAndBytesConfig | None:
+    """What transformers is to quantise with. Raises SpryError where it is not installed."""
     if config.quantization == "none":
         return None
     try:
@@ -116,7 +113,7 @@ def _quantizer(config: ModelConfig) -> BitsAndBytesConfig | None:
             'Run `pip install bitsandbytes`, or set model.quantization to "none".'
         ) from error
     row = _QUANTIZERS[config.quantization]
-    return BitsAndBytesConfig(bnb_4bit_compute_dtype=_DTYPES[config.dtype], **row)  # type: ignore[no-untyped-call]
+    return BitsAndBytesConfig(bnb_4bit_compute_dtype=DTYPES[config.dtype], **row)  # type: ignore[no-untyped-call]
 
 
 def _pad(tokenizer: PreTrainedTokenizerBase, settings: PreTrainedConfig) -> None:
@@ -128,8 +125,15 @@ def _pad(tokenizer: PreTrainedTokenizerBase, settings: PreTrainedConfig) -> None
     settings.use_cache = False
 
 
-def _classes(count: int) -> dict[str, int]:
-    return {"num_labels": count} if count else {}
+def settings_of(config: ModelConfig, location: str, num_labels: int) -> PreTrainedConfig:
+    """transformers' configuration of a checkpoint. Raises ValueError for one that is quantised already."""
+    classes = {"num_labels": num_labels} if num_labels else {}
+    settings: PreTrainedConfig = AutoConfig.from_pretrained(
+        location, revision=config.revision or None, trust_remote_code=False, **classes
+    )
+    if getattr(settings, "quantization_config", None):
+        raise ValueError("it is quantised already; take the full checkpoint and set model.quantization")
+    return settings
 
 
 def _skeleton(settings: PreTrainedConfig, task: LearningTask) -> PreTrainedModel:
@@ -139,14 +143,17 @@ def _skeleton(settings: PreTrainedConfig, task: LearningTask) -> PreTrainedModel
     return model
 
 
-def _head(skeleton: PreTrainedModel, noun: str) -> tuple[str, ...]:
+def head_of(skeleton: PreTrainedModel, task: LearningTask) -> tuple[str, ...]:
+    """Names of its children outside the backbone that the task makes new. Raises ValueError where there is none."""
+    if not task.head:
+        return ()
     head = tuple(
         name
         for name, child in skeleton.named_children()
         if child is not skeleton.base_model and any(True for _ in child.parameters())
     )
     if skeleton.base_model is skeleton or not head:
-        raise ValueError(f"its architecture has no {noun} head of its own beside a backbone")
+        raise ValueError(f"its architecture has no {task.noun} head of its own beside a backbone")
     return head
 
 
@@ -168,7 +175,8 @@ def _download(name: str, revision: str) -> str:
 
 
 @contextmanager
-def _explained(config: ModelConfig, task: LearningTask, location: str) -> Iterator[None]:
+def explained(config: ModelConfig, task: LearningTask, location: str) -> Iterator[None]:
+    """Errors of transformers become a SpryError that names model.name."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -182,7 +190,7 @@ def _explained(config: ModelConfig, task: LearningTask, location: str) -> Iterat
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars, no report of the missing head, which is expected."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]

@@ -99,10 +99,13 @@ def content_of(message: Message) -> RecordDict:
 
 def size_bytes(message: Message) -> int:
     """Bytes of the content as serialised for the wire. Raises MalformedReply where it could not have come over one."""
-    if message.has_error():
-        return 0
+    return 0 if message.has_error() else content_bytes(content_of(message))
+
+
+def content_bytes(content: RecordDict) -> int:
+    """Of what a message holds; see size_bytes."""
     try:
-        return int(recorddict_to_proto(content_of(message)).ByteSize())
+        return int(recorddict_to_proto(content).ByteSize())
     except (TypeError, ValueError, EncodeError) as error:
         raise MalformedReply(f"it cannot be serialised ({error})") from None
 

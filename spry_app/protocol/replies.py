@@ -40,7 +40,7 @@ class Score:
         return {**self.sums, "loss": self.loss, "examples": self.examples}
 
     def to_message(self, task: Message) -> Message:
-        return _reply(task, {}, _score_metrics(self))
+        return Message(content=_content({}, _score_metrics(self)), reply_to=task)
 
     @classmethod
     def from_message(cls, message: Message, bounds: Bounds) -> Self:
@@ -79,6 +79,10 @@ class TrainReply:
     personal: Score | None = None
 
     def to_message(self, task: Message) -> Message:
+        return Message(content=self.content(), reply_to=task)
+
+    def content(self) -> RecordDict:
+        """Of its message."""
         metrics: dict[str, int | float | list[int] | list[float]] = {
             "train-loss": self.loss,
             "num-examples": self.examples,
@@ -90,7 +94,7 @@ class TrainReply:
         }
         if self.personal is not None:
             metrics |= _score_metrics(self.personal)
-        return _reply(task, self.tensors, metrics)
+        return _content(self.tensors, metrics)
 
     @classmethod
     def from_message(cls, message: Message, bounds: Bounds) -> Self:
@@ -189,6 +193,5 @@ def _score_metrics(score: Score) -> dict[str, int | float | list[int] | list[flo
     return {"loss": score.loss, **score.sums, _HELDOUT: score.examples}
 
 
-def _reply(task: Message, tensors: Tensors, metrics: dict[str, int | float | list[int] | list[float]]) -> Message:
-    content = RecordDict({"arrays": to_arrays(tensors), "metrics": MetricRecord(metrics)})
-    return Message(content=content, reply_to=task)
+def _content(tensors: Tensors, metrics: dict[str, int | float | list[int] | list[float]]) -> RecordDict:
+    return RecordDict({"arrays": to_arrays(tensors), "metrics": MetricRecord(metrics)})

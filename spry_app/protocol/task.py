@@ -54,6 +54,11 @@ class Task:
     catch_up: CatchUp | None = None
 
     def to_message(self, node: int, message_type: str = TRAIN) -> Message:
+        content = self.content()
+        return Message(content=content, dst_node_id=node, message_type=message_type, group_id=str(self.round))
+
+    def content(self) -> RecordDict:
+        """Of its message."""
         config = ConfigRecord(
             {
                 "round": self.round,
@@ -73,7 +78,7 @@ class Task:
             content["update"] = to_arrays(self.update)
         if self.catch_up is not None:
             _write(self.catch_up, content)
-        return Message(content=content, dst_node_id=node, message_type=message_type, group_id=str(self.round))
+        return content
 
     @classmethod
     def from_message(cls, message: Message) -> Self:

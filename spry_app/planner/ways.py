@@ -1,0 +1,110 @@
+"""What is compared: ways to a gradient and hands of units, as run-config keys over those of a run. Nothing runs."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from spry_app.config import RunConfig, Scalar
+from spry_app.errors import SpryError
+from spry_app.methods import Layout, Method, get_method
+from spry_app.methods.assignment import ASSIGNMENTS
+from spry_app.models import AdaptedModel
+from spry_app.planner.blank import start_of
+from spry_app.server.dealing import deal_out
+
+AS_SET = "as set"
+GRADIENTS: dict[str, tuple[str, bool]] = {
+    "backprop": ("backprop", False),
+    "checkpointed backprop": ("checkpointed-backprop", False),
+    "forward mode": ("forward-mode", False),
+    "forward mode, K at once": ("forward-mode", True),
+    "central difference": ("central-difference", False),
+    "one-sided difference": ("one-sided-difference", False),
+}
+"""What a row is called -> `gradient`, and whether all directions share a pass."""
+HANDS: dict[str, tuple[str, bool]] = {
+    "all": ("every-unit", False),
+    "split": ("cyclic", False),
+    "topmost": ("by-depth", True),
+}
+"""What the units of a row are called -> `assign`, and whether they are the highest hand of the round; else the lowest,
+which costs the most: on a fleet of equals, all hold it in turns.
+"""
+
+
+@dataclass(frozen=True, eq=False)
+class Way:
+    """A run, as far as one step of one of its clients goes.
+
+    keys: what sets it apart from the run as it is set. method: on the model at hand. units: of the client.
+    """
+
+    name: str
+    hand: str
+    keys: dict[str, Scalar]
+    config: RunConfig
+    method: Method
+    units: tuple[str, ...]
+
+
+def ways(config: RunConfig, adapted: AdaptedModel, clients: int) -> Iterator[Way]:
+    """The run as it is set, and all others that its keys allow. Raises SpryError where they do not allow the first."""
+    own = get_method(config)
+    names = [name for name, (assign, _) in HANDS.items() if ASSIGNMENTS[assign] is own.assign]
+    first = _way(AS_SET, names[0] if names else "own", {}, config, adapted, clients, False)
+    yield first
+    for hand, (assign, highest) in HANDS.items():
+        for name, (gradient, together) in GRADIENTS.items():
+            keys: dict[str, Scalar] = {"gradient": gradient, "assign": assign}
+            at_once = config.client.directions if together else 1
+            if gradient == "forward-mode":
+                keys["client.directions-at-once"] = at_once
+                if together and at_once == 1:
+                    continue
+            found = _allowed(name, hand, keys, config, own, adapted, clients, highest)
+            if found is not None:
+                yield found
+
+
+def _allowed(
+    name: str,
+    hand: str,
+    keys: dict[str, Scalar],
+    config: RunConfig,
+    own: Method,
+    adapted: AdaptedModel,
+    clients: int,
+    highest: bool,
+) -> Way | None:
+    """With the run's own method, or as weights where that sends scalars alone; None where neither is to be had."""
+    steps = max(1, config.client.local_steps)
+    weights: dict[str, Scalar] = {"method": "fedavg", "server.optimizer": own.server_optimizer}
+    weights |= {"send": "", "directions": "", "client.local-steps": steps}
+    for more in ({}, weights):
+        try:
+            changed = RunConfig.from_flower(config.flat() | keys | more)
+            return _way(name, hand, keys | more, changed, adapted, clients, highest)
+        except SpryError:
+            continue
+    return None
+
+
+def _way(
+    name: str,
+    hand: str,
+    keys: dict[str, Scalar],
+    config: RunConfig,
+    adapted: AdaptedModel,
+    clients: int,
+    highest: bool,
+) -> Way:
+    method = get_method(config).on(Layout(adapted.depths(), len(adapted.blocks)), config.client)
+    hands = deal_out(config, method, adapted.units, start_of(adapted), [0.0] * clients, 1)
+    return Way(name, hand, keys, config, method, tuple(_extreme(hands, adapted, highest)))
+
+
+def _extreme(hands: Sequence[Sequence[str]], adapted: AdaptedModel, highest: bool) -> Sequence[str]:
+    def depth(hand: Sequence[str]) -> tuple[int, int]:
+        names = [name for unit in hand for name in adapted.units[unit]]
+        return adapted.depth(names), -sum(adapted.model.get_parameter(name).numel() for name in names)
+
+    return (max if highest else min)(hands, key=depth)
