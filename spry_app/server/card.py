@@ -40,7 +40,7 @@ def card(
         f"---\n{data.to_yaml()}\n---\n\n# {base} with {config.adapter.kind}, by {config.method}\n",
         f"Trained by federated learning with Spry: {last.round} rounds, {last.asked} clients asked in the last.\n",
         f"- **Base model**: `{base}`{_revision(config)}, {_format(config)}\n"
-        f"- **Data**: `{config.data.source}`, dealt to clients by `{config.data.partition}`, for "
+        f"- **Data**: `{_public(config.data.source)}`, dealt to clients by `{config.data.partition}`, for "
         f"`{config.data.task}`{_classes(labels)}\n"
         f"- **Method**: `{config.method}` ({method.paper})\n"
         f"- **Adapter**: {_adapter(config)}\n",
@@ -82,12 +82,17 @@ def _index(config: RunConfig, scored: Sequence[Round], task: LearningTask) -> di
         return {}
     result = EvalResult(
         task_type=task.hub_task,
-        dataset_type=config.data.source,
-        dataset_name=config.data.source,
+        dataset_type=_public(config.data.source),
+        dataset_name=_public(config.data.source),
         metric_type=task.main_metric,
         metric_value=round(float(scored[-1].main or 0.0), 4),
     )
     return {"eval_results": [result], "model_name": f"spry-{config.method}"}
+
+
+def _public(source: str) -> str:
+    """Of a file its name alone: where it lay is nobody's business."""
+    return Path(source).name if Path(source).exists() else source
 
 
 def _revision(config: RunConfig) -> str:
