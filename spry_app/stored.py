@@ -20,6 +20,8 @@ from typing import Any
 
 import pyarrow as pa
 from datasets import Dataset
+from datasets.fingerprint import generate_random_fingerprint
+from datasets.table import InMemoryTable
 
 from spry_app.errors import SpryError
 
@@ -192,6 +194,11 @@ def _extent(folder: Path) -> tuple[int, float]:
             continue
         size, last = size + found.st_blocks * 512, max(last, found.st_mtime)
     return size, last
+
+
+def rows_of(table: pa.Table) -> Dataset:
+    """A table as rows. Left to itself `datasets` names them by all they hold, for which it copies that to memory."""
+    return Dataset(InMemoryTable(table), fingerprint=generate_random_fingerprint())
 
 
 def large(size: int) -> bool:

@@ -11,13 +11,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
-from datasets.table import InMemoryTable
 
 from spry_app import tasks
 from spry_app.config import DataConfig
 from spry_app.data.sources import read_file, read_test, read_train
 from spry_app.errors import SpryError
-from spry_app.stored import digest_of, digest_of_code, large, name_of, parts_of, size_of, stored
+from spry_app.stored import digest_of, digest_of_code, large, name_of, parts_of, rows_of, size_of, stored
 from spry_app.tasks import get_task
 from spry_app.tasks.columns import dealt_by, distinct
 
@@ -92,7 +91,7 @@ def _rows(raw: Dataset, config: DataConfig, names: tuple[str, ...], where: str) 
         table = stored(name, lambda _facts: make(), 0 if own else config.cache_mib).table
     if "label" not in table.column_names and config.partition == "dirichlet" and config.label_field in raw.column_names:
         table = table.append_column("label", pa.array(dealt_by(raw, config.label_field)))
-    return Dataset(InMemoryTable(table))
+    return rows_of(table)
 
 
 def _parts(raw: Dataset, config: DataConfig, names: tuple[str, ...], where: str) -> Iterator[pa.Table]:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
-from datasets.table import InMemoryTable
 
 from spry_app.config import DataConfig
 from spry_app.data.corpus import load_corpus, load_file
 from spry_app.data.sources import read_train
 from spry_app.errors import SpryError
+from spry_app.stored import rows_of
 from spry_app.tasks.columns import missing_field
 
 Rule = Callable[[Dataset, DataConfig, int, int], list[list[int]]]
@@ -83,7 +83,7 @@ def shards(config: DataConfig, seed: int, count: int) -> list[list[int]]:
         raise SpryError(f"{count} nodes cannot share the {parts} rows of data.source. {_FEWER} or more rows.")
     arrow = train.with_format("arrow")
     columns = {name: arrow[name][:] for name in ("label", "group") if name in train.column_names}
-    all_rows = Dataset(InMemoryTable(pa.table({"row": np.arange(len(train)), **columns})))
+    all_rows = rows_of(pa.table({"row": np.arange(len(train)), **columns}))
     rows = (all_rows.select(list(sets)) if sets else all_rows).select(_generator(seed, 0).permutation(parts))
     found = PARTITIONS[config.partition](rows, config, seed, count)
     empty = sum(not shard for shard in found)

@@ -12,14 +12,13 @@ import pandas
 import pyarrow as pa
 from datasets import ClassLabel, Dataset, Features, Value, load_dataset
 from datasets.exceptions import DatasetsError
-from datasets.table import InMemoryTable
 from pandas.api.types import infer_dtype
 
 from spry_app.config import DataConfig
 from spry_app.data import household
 from spry_app.errors import SpryError
 from spry_app.offline import advice
-from spry_app.stored import NEW, Facts, digest_of_file, folder_for, large, name_of, stored
+from spry_app.stored import NEW, Facts, digest_of_file, folder_for, large, name_of, rows_of, stored
 
 _log = logging.getLogger(__name__)
 
@@ -46,7 +45,7 @@ def _csv(path: Path, cache_mib: int) -> Dataset:
             yield table.replace_schema_metadata(None)
 
     name = name_of("csv", {"file": digest_of_file(path), "pandas": pandas.__version__})
-    return Dataset(InMemoryTable(stored(name, parts, cache_mib).table))
+    return rows_of(stored(name, parts, cache_mib).table)
 
 
 def _kinds(parts: Iterable[pandas.DataFrame]) -> dict[str, str]:
@@ -84,7 +83,7 @@ def _built(kind: str) -> Callable[[Path, int], Dataset]:
                     yield pa.Table.from_batches([batch], rows.data.schema)
 
         name = name_of(kind, {"file": digest_of_file(path), "datasets": datasets.__version__})
-        return Dataset(InMemoryTable(stored(name, parts, cache_mib).table))
+        return rows_of(stored(name, parts, cache_mib).table)
 
     return read
 

@@ -10,6 +10,7 @@ from flwr.app import Context, Message
 from flwr.common.serde import context_to_proto, message_to_proto, recorddict_from_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
+from spry_app.offline import set_offline
 from spry_app.worker.ask import ask
 from spry_app.worker.place import Place, default_place
 
@@ -28,6 +29,7 @@ def answer(action: Action, message: Message, context: Context) -> Message:
     """The reply to `message`; `context.state` is what the node then keeps. Raises SpryError where no worker can say."""
     place = worker_of(context)
     if place is None:
+        set_offline(context.run_config.get("offline") is True)  # some libraries look for more when they are imported
         from spry_app.client.answer import ANSWERS
 
         return ANSWERS[action](message, context)
