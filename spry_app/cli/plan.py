@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from spry_app.cli.shared import RunConfigOption, refusals
+from spry_app.errors import SpryError
 
 if TYPE_CHECKING:
     from spry_app.planner import Plan, Row
@@ -33,6 +34,10 @@ def plan_command(
     ] = None,
     nodes: Annotated[int, typer.Option(min=1, help="Devices in the run.")] = 10,
     rows: Annotated[int, typer.Option(min=1, help="Rows of a device, where it trains in whole passes.")] = 100,
+    units: Annotated[
+        list[str] | None,
+        typer.Option(help="Compare these alone: all, split (dealt like cards), topmost (the upper band). Repeatable."),
+    ] = None,
     limits: Annotated[bool, typer.Option(help="Search for the largest batch and length.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
@@ -47,7 +52,7 @@ def plan_command(
     errors = Console(stderr=True)
     memory = None if memory_gib is None else memory_gib * 1024
     with refusals(), errors.status("Planning") as status:
-        asked = Asked(memory, forward_ms, nodes, rows, limits)
+        asked = Asked(memory, forward_ms, nodes, rows, _hands(units), limits)
         found = plan(
             run_config_of({}, run_config or ()), asked, lambda step: status.update(f"Planning: {escape(step)}")
         )
@@ -56,6 +61,14 @@ def plan_command(
     else:
         _show(found)
     raise typer.Exit(0 if found.advice.row is not None else 1)
+
+
+def _hands(units: list[str] | None) -> tuple[str, ...]:
+    from spry_app.planner.ways import HANDS
+
+    if unknown := sorted(set(units or ()) - HANDS.keys()):
+        raise SpryError(f"--units is {unknown[0]!r}; allowed are {', '.join(HANDS)}.")
+    return tuple(units or HANDS)
 
 
 def _show(found: "Plan") -> None:

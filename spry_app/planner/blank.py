@@ -18,13 +18,13 @@ from spry_app.tasks import Encoded, LearningTask, get_task
 
 WORD = 2
 """Token of every place."""
-Targets = Callable[[int, int], dict[str, list[int] | list[list[int]]]]
+Targets = Callable[[list[int]], dict[str, list[int] | list[list[int]]]]
 TARGETS: dict[str, Targets] = {
-    "SEQ_CLS": lambda rows, _: {"labels": [0] * rows},
-    "CAUSAL_LM": lambda rows, length: {"labels": [[WORD] * length for _ in range(rows)]},
-    "QUESTION_ANS": lambda rows, length: {"start": [0] * rows, "end": [length - 1] * rows},
+    "SEQ_CLS": lambda lengths: {"labels": [0] * len(lengths)},
+    "CAUSAL_LM": lambda lengths: {"labels": [[WORD] * length for length in lengths]},
+    "QUESTION_ANS": lambda lengths: {"start": [0] * len(lengths), "end": [length - 1 for length in lengths]},
 }
-"""PEFT's name for a task -> (rows, tokens of each) -> what they are to be told from, as spry_app.tasks encodes it."""
+"""PEFT's name for a task -> tokens of each row -> what they are to be told from, as spry_app.tasks encodes it."""
 
 
 def model_of(config: RunConfig, device: torch.device = META, layers: int = 0) -> AdaptedModel:
@@ -34,13 +34,13 @@ def model_of(config: RunConfig, device: torch.device = META, layers: int = 0) ->
 
 
 def node_of(adapted: AdaptedModel, task: LearningTask, rows: int, length: int) -> Node:
-    """With so many rows to train on, of so many tokens each."""
-    features = {"input_ids": [[WORD] * length for _ in range(rows)], "attention_mask": [[1] * length] * rows}
-    encoded = [
-        Encoded(dict(features) if count else {}, TARGETS[task.peft_type](count, length), 0, _tokenizer(), task)
-        for count in (rows, 0)
-    ]
-    return Node(adapted, encoded[0], encoded[1], start_of(adapted), -1)
+    """With so many rows to train on, of so many tokens each; but one, which makes a batch need a mask, as most do."""
+    shorter = 1 if rows > 1 and length > 1 else 0
+    lengths = [length - shorter] + [length] * (rows - 1)
+    features = {"input_ids": [[WORD] * n for n in lengths], "attention_mask": [[1] * n for n in lengths]}
+    train = Encoded(dict(features), TARGETS[task.peft_type](lengths), 0, _tokenizer(), task)
+    heldout = Encoded({}, TARGETS[task.peft_type]([]), 0, _tokenizer(), task)
+    return Node(adapted, train, heldout, start_of(adapted), -1)
 
 
 def start_of(adapted: AdaptedModel) -> Tensors:

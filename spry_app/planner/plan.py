@@ -21,7 +21,7 @@ from spry_app.planner.blank import model_of
 from spry_app.planner.predict import Predictor
 from spry_app.planner.rows import Row
 from spry_app.planner.speed import forward_ms
-from spry_app.planner.ways import Way, ways
+from spry_app.planner.ways import HANDS, Way, ways
 
 MOST_EXAMPLES = 1024
 LONGER = 4
@@ -33,13 +33,14 @@ Progress = Callable[[str], None]
 class Asked:
     """memory_mib: free on the device for weights and training; None for what is free here. forward_ms: of a pass of one
     example, None to measure it here. nodes: that are connected. rows: of one of them, where it trains in whole passes.
-    limits: whether the largest batch and length are searched for.
+    hands: whose units are compared (ways.HANDS). limits: whether the largest batch and length are searched for.
     """
 
     memory_mib: float | None = None
     forward_ms: float | None = None
     nodes: int = 10
     rows: int = 100
+    hands: tuple[str, ...] = tuple(HANDS)
     limits: bool = True
 
 
@@ -70,7 +71,7 @@ def plan(config: RunConfig, asked: Asked, progress: Progress = lambda _: None) -
         milliseconds = forward_ms(config, len(adapted.blocks), at_once, length, device)
     clients = min(asked.nodes, max(config.server.min_train_nodes, round(config.server.fraction_train * asked.nodes)))
     desk = _Desk(predictor, memory, milliseconds, clients, asked)
-    rows = tuple(_rows(desk, ways(config, adapted, clients), progress))
+    rows = tuple(_rows(desk, ways(config, adapted, clients, asked.hands), progress))
     measured = asked.forward_ms is None and milliseconds is not None
     return Plan(config.model.name, str(device), memory, length, milliseconds, measured, rows, advise(rows, memory))
 

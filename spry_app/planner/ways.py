@@ -1,6 +1,6 @@
 """What is compared: ways to a gradient and hands of units, as run-config keys over those of a run. Nothing runs."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from spry_app.config import RunConfig, Scalar
@@ -46,13 +46,17 @@ class Way:
     units: tuple[str, ...]
 
 
-def ways(config: RunConfig, adapted: AdaptedModel, clients: int) -> Iterator[Way]:
-    """The run as it is set, and all others that its keys allow. Raises SpryError where they do not allow the first."""
+def ways(
+    config: RunConfig, adapted: AdaptedModel, clients: int, hands: Collection[str] = tuple(HANDS)
+) -> Iterator[Way]:
+    """The run as it is set, and of these HANDS all others that its keys allow. Raises SpryError for one that is not to
+    be had as it is set.
+    """
     own = get_method(config)
     names = [name for name, (assign, _) in HANDS.items() if ASSIGNMENTS[assign] is own.assign]
     first = _way(AS_SET, names[0] if names else "own", {}, config, adapted, clients, False)
     yield first
-    for hand, (assign, highest) in HANDS.items():
+    for hand, (assign, highest) in ((hand, HANDS[hand]) for hand in HANDS if hand in hands):
         for name, (gradient, together) in GRADIENTS.items():
             keys: dict[str, Scalar] = {"gradient": gradient, "assign": assign}
             at_once = config.client.directions if together else 1
