@@ -75,8 +75,27 @@ def get_method(config: RunConfig) -> Method:
             f"client.optimizer={config.client.optimizer!r}: method={config.method!r} averages what clients measured "
             'along shared directions, which stands for the mean of their steps only with client.optimizer="sgd".'
         )
+    _check_weighting(config, method)
     _check_privacy(config, method)
     return method
+
+
+def _check_weighting(config: RunConfig, method: Method) -> None:
+    if config.server.weighting == "examples":
+        return
+    if method.reply == "slopes":
+        raise SpryError(
+            f"server.weighting={config.server.weighting!r}: clients of method={config.method!r} reply with slopes, and "
+            "whoever rebuilds the run from their log would not know the weights, which follow from all earlier rounds. "
+            'Use server.weighting="examples", or a method whose clients reply with weights or a gradient '
+            '(method="spry").'
+        )
+    if config.privacy.mode:
+        raise SpryError(
+            f"server.weighting={config.server.weighting!r}: with privacy.mode={config.privacy.mode!r} weights would "
+            "tell of replies without noise, or take noise that was added for a gradient's own. Use "
+            'server.weighting="examples", or privacy.mode="".'
+        )
 
 
 def _check_privacy(config: RunConfig, method: Method) -> None:

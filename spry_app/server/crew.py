@@ -53,6 +53,6 @@ def _directions(
 ) -> tuple[list[int], bool]:
     """Of each client, and whether the target is reached."""
     most, target = config.client.directions, config.noise.target_cosine
-    hands = hands_of(state, method, ((hand, most, 1) for hand in units)) if target else []
+    hands = hands_of(state, method, ((hand, most, 1, "") for hand in units)) if target else []
     needed, reached = fewest_directions(hands, method.directions, target, most)
     return [max((needed[unit] for unit in hand if unit in needed), default=most) for hand in units], reached
