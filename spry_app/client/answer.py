@@ -7,13 +7,14 @@ from collections.abc import Callable
 from flwr.app import ArrayRecord, Context, Message, RecordDict
 
 from spry_app.autodiff.budget import Slices
+from spry_app.autodiff.gradients import GRADIENTS
 from spry_app.autodiff.memory import is_out_of_memory, return_freed_memory
 from spry_app.client.catch_up import tensors_of
 from spry_app.client.node import Node, load_node
 from spry_app.client.privacy import check_scoring, protected
 from spry_app.client.slicing import give_less, most_at_once, slices_of
 from spry_app.client.training import train as train_node
-from spry_app.client.trust import check_gradient
+from spry_app.client.trust import check_gradient, trusted
 from spry_app.config import RunConfig
 from spry_app.errors import SpryError
 from spry_app.methods import Layout, Method, get_method
@@ -69,6 +70,7 @@ def introduce(node: Node, message: Message, method: Method, config: RunConfig, s
         heldout=len(node.heldout),
         digest=digest(node.start),
         memory_mib=node.memory_mib,
+        gradients=trusted(node, method.gradient, most_at_once(node, config)),
     )
 
 
@@ -77,6 +79,8 @@ def train(node: Node, message: Message, method: Method, config: RunConfig, state
     task = Task.from_message(message)
     task = dataclasses.replace(task, tensors=tensors_of(task, node, method, config, state))
     check_task(task, node, config)
+    method = method.taking(task.gradient)
+    check_gradient(node, method.gradient, most_at_once(node, config))
     reply = train_node(node, task, method, config, slices_of(node, method, config, state))
     return protected(reply, task, method, config)
 
@@ -133,6 +137,8 @@ def check_task(task: Task, node: Node, config: RunConfig) -> None:
     numbers = (task.round, task.client, task.number, task.sharing)
     if not (1 <= task.directions <= config.client.directions and all(0 <= number < 2**63 for number in numbers)):
         reason = f"{task.directions} directions, or one of the numbers {numbers}, are out of bounds"
+    if task.gradient and task.gradient not in GRADIENTS:
+        reason = f"no gradient is called {task.gradient[:200]!r}"
     if reason:
         raise SpryError(
             f"This node cannot do what the server asks ({reason}): run the same version of Spry everywhere."

@@ -22,32 +22,39 @@ from spry_app.models.room import free_bytes
 
 logger = logging.getLogger(__name__)
 
+_SLICES = "slices."
+"""Beginning of the names of what is kept in a node's state, one a gradient."""
 AUTO_PART = 0.5
 """Part of the free memory that "auto" takes: the rest is for what comes and goes beside a step."""
 
 
 def slices_of(node: Node, method: Method, config: RunConfig, state: RecordDict) -> Slices:
-    """Chosen once a run, since trials take a step each, and kept in `state`, which Flower keeps for the node."""
-    known: Any = state.get("slices")
+    """Chosen once a run and gradient, since trials take a step each, and kept in `state`, which Flower keeps for the
+    node.
+    """
+    key = _SLICES + method.gradient.name
+    known: Any = state.get(key)
     if known is not None:
         return Slices(**known)
     chosen = _choose(node, method, config)
-    _keep(chosen, state)
+    _keep(chosen, state, key)
     return chosen
 
 
 def give_less(state: RecordDict) -> Slices | None:
-    """Smaller slices for the rest of the run, after a step that was out of memory; None where none were chosen yet."""
-    known: Any = state.get("slices")
-    if known is None:
-        return None
-    less = halved(Slices(**known))
-    _keep(less, state)
+    """Smaller slices for the rest of the run, after a step that was out of memory, with whatever gradient: a process
+    that was ended cannot say with which. None where none were chosen yet.
+    """
+    less = None
+    for key in [key for key in state if key.startswith(_SLICES)]:
+        known: Any = state[key]
+        less = halved(Slices(**known))
+        _keep(less, state, key)
     return less
 
 
-def _keep(slices: Slices, state: RecordDict) -> None:
-    state["slices"] = ConfigRecord(dict(dataclasses.asdict(slices)))
+def _keep(slices: Slices, state: RecordDict, key: str) -> None:
+    state[key] = ConfigRecord(dict(dataclasses.asdict(slices)))
 
 
 def most_at_once(node: Node, config: RunConfig) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 from spry_app.autodiff.gradients import GRADIENTS, central, one_sided
 from spry_app.config import RunConfig
 from spry_app.errors import SpryError
-from spry_app.methods.assignment import ASSIGNMENTS, Deal, cyclic_split
+from spry_app.methods.assignment import ASSIGNMENTS, Deal, Share, cyclic_split
 from spry_app.methods.fit import Layout, as_it_is, cut_in_two
 from spry_app.methods.method import Method
 from spry_app.methods.pick import NEAREST
@@ -128,4 +128,4 @@ def _find(name: str) -> Method:
     return METHODS[name]
 
 
-__all__ = ["METHODS", "Deal", "Layout", "Method", "get_method"]
+__all__ = ["METHODS", "Deal", "Layout", "Method", "Share", "get_method"]

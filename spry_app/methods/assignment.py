@@ -2,8 +2,9 @@
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
@@ -33,8 +34,25 @@ class Deal:
         return len(self.memory_mib)
 
 
-Assign = Callable[[Deal], list[list[str]]]
-"""Deal -> the units of each client."""
+class Share(list[str]):
+    """The units of a client, which may take another gradient for them than the method's, and fewer directions.
+
+    gradient: a name of GRADIENTS; "" for the method's. directions: at most so many a batch; 0 for as many as are set.
+    """
+
+    def __init__(self, units: Iterable[str], gradient: str = "", directions: int = 0) -> None:
+        super().__init__(units)
+        self.gradient, self.directions = gradient, directions
+
+    @classmethod
+    def of(cls, hand: Sequence[str], beside: Sequence[str] = ()) -> Self:
+        """What an Assign has dealt out, with units that go to everyone."""
+        units = [*hand, *beside]
+        return cls(units, hand.gradient, hand.directions) if isinstance(hand, Share) else cls(units)
+
+
+Assign = Callable[[Deal], Sequence[Sequence[str]]]
+"""Deal -> the units of each client, or its Share."""
 
 
 def every_unit(deal: Deal) -> list[list[str]]:

@@ -115,6 +115,7 @@ class Introduction:
 
     partition: its number among the nodes, -1 if it has none. fingerprint: of its base model. examples, heldout: rows.
     digest: of the tensors that it starts from. memory_mib: what a training step may take on it, 0.0 if it does not say.
+    gradients: names of those that it can take for a task.
     """
 
     partition: int
@@ -123,6 +124,7 @@ class Introduction:
     heldout: int
     digest: str
     memory_mib: float = 0.0
+    gradients: tuple[str, ...] = ()
 
     def to_message(self, task: Message) -> Message:
         config = ConfigRecord(
@@ -133,6 +135,7 @@ class Introduction:
                 "heldout": self.heldout,
                 "digest": self.digest,
                 "memory-mib": self.memory_mib,
+                "gradients": list(self.gradients),
             }
         )
         return Message(content=RecordDict({"introduction": config}), reply_to=task)
@@ -151,6 +154,7 @@ class Introduction:
             heldout=config.get("heldout", int),
             digest=config.get("digest", str),
             memory_mib=memory_mib,
+            gradients=config.words("gradients"),
         )
         if not (0 <= found.examples <= MOST_EXAMPLES and 0 <= found.heldout <= MOST_EXAMPLES):
             raise MalformedReply(f"impossible rows: {found.examples}, and {found.heldout} held out")

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from spry_app.autodiff.directions import Tensors
 from spry_app.config import RunConfig
 from spry_app.errors import SpryError
-from spry_app.methods import Deal, Method
+from spry_app.methods import Deal, Method, Share
 from spry_app.methods.replay import HEAD
 from spry_app.models.units import depths
 
@@ -17,7 +17,7 @@ def deal_out(
     tensors: Tensors,
     memory_mib: Sequence[float],
     round_: int,
-) -> list[list[str]]:
+) -> list[Share]:
     """One hand of units a client: the method's split, and the head to everyone where it is shared.
 
     units: unit -> names of its `tensors`. memory_mib: what a training step may take on each client, 0.0 where it has
@@ -41,4 +41,4 @@ def deal_out(
             f"`assign` of method={config.method!r} made {len(hands)} hands for {deal.clients} clients, with "
             f"unknown units {unknown}; it must make one hand a client, of deal.units."
         )
-    return [[*hand, *shared] for hand in hands]
+    return [Share.of(hand, shared) for hand in hands]

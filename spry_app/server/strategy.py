@@ -113,7 +113,8 @@ class SpryStrategy(Strategy):
         nodes = self.fleet.available(grid)
         order = self.guard.order(server_round, len(nodes))
         clients = crew(self.config, self.method, self.state, self.fleet, nodes, self.assign, server_round, order)
-        seats_of = seats(self.method, clients.directions, [self.perturbed(units) for units in clients.units])
+        perturbed = [self.perturbed(share, share.gradient) for share in clients.shares]
+        seats_of = seats(self.method, clients.directions, perturbed)
         due = self.config.evaluates(server_round)
         tensors = self.snapshot()
         self.tasks = {
@@ -121,16 +122,17 @@ class SpryStrategy(Strategy):
                 round=server_round,
                 client=index,
                 tensors=tensors,
-                units=tuple(units),
+                units=tuple(share),
                 fingerprint=self.fingerprint,
                 number=seat.number,
                 sharing=seat.sharing,
                 directions=seat.directions,
+                gradient=share.gradient,
                 evaluate=due and not self.config.privacy.mode,
                 measure=due and index == server_round % len(seats_of),
-                update=self.update_for(units),
+                update=self.update_for(share, share.gradient),
             )
-            for index, (node, units, seat) in enumerate(zip(clients.nodes, clients.units, seats_of, strict=True))
+            for index, (node, share, seat) in enumerate(zip(clients.nodes, clients.shares, seats_of, strict=True))
         }
         self.recorder.asked(self.tasks, self.units, self.fleet.introductions)
         self.guard.begin(self.tasks, nodes, arrays, self.fleet)
@@ -158,8 +160,8 @@ class SpryStrategy(Strategy):
             return {}
         return {name: self.update[name] for name in self.perturbed(units, gradient)}
 
-    def assign(self, memory_mib: Sequence[float], round_: int) -> list[list[str]]:
-        """The units of each client.
+    def assign(self, memory_mib: Sequence[float], round_: int) -> Sequence[Sequence[str]]:
+        """The units of each client, or its Share.
 
         memory_mib: what a training step may take on each client, 0.0 where it has not said. Raises SpryError where a
         method of the user's own deals out what there is not.
