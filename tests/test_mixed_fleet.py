@@ -180,6 +180,7 @@ def test_a_node_says_which_gradients_pass_its_self_test_and_refuses_one_it_does_
     node = load_node(config, {"partition-id": 0, "num-partitions": CLIENTS})
     assert set(trusted(node, GRADIENTS["forward-mode"], 1)) == GRADIENTS.keys()
     assert set(trusted(node, GRADIENTS["backprop"], 1)) == GRADIENTS.keys() - {"forward-mode"}
+    assert set(trusted(node, GRADIENTS["backprop"], 1, every=True)) == GRADIENTS.keys()
     task = Task(1, 0, node.start, ("head",), "", gradient="psychic")
     with pytest.raises(SpryError, match="'psychic'"):
         check_task(task, node, config)

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import logging
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from spry_app.autodiff.memory import MIB, is_out_of_memory, peak_mib, return_fre
 from spry_app.client.node import Node
 from spry_app.client.step import Step
 from spry_app.config import ADAPTER_KEYS, RunConfig
-from spry_app.errors import SpryError
+from spry_app.errors import OutOfMemory
 from spry_app.methods import Method
 from spry_app.methods.replay import exact_names
 from spry_app.models.room import free_bytes
@@ -28,15 +29,16 @@ AUTO_PART = 0.5
 """Part of the free memory that "auto" takes: the rest is for what comes and goes beside a step."""
 
 
-def slices_of(node: Node, method: Method, config: RunConfig, state: RecordDict) -> Slices:
+def slices_of(node: Node, method: Method, config: RunConfig, state: RecordDict, units: Sequence[str] = ()) -> Slices:
     """Chosen once a run and gradient, since trials take a step each, and kept in `state`, which Flower keeps for the
-    node.
+    node. units: on which the step is, and once for each lowest block of theirs; none for all units.
     """
-    key = _SLICES + method.gradient.name
+    names = [name for unit in units or node.adapted.units for name in node.adapted.units[unit]]
+    key = _SLICES + method.gradient.name + (f".{node.adapted.depth(names)}" if units else "")
     known: Any = state.get(key)
     if known is not None:
         return Slices(**known)
-    chosen = _choose(node, method, config)
+    chosen = _choose(node, method, config, names)
     _keep(chosen, state, key)
     return chosen
 
@@ -63,15 +65,15 @@ def most_at_once(node: Node, config: RunConfig) -> int:
     return config.client.directions if budgeted else config.client.directions_at_once
 
 
-def _choose(node: Node, method: Method, config: RunConfig) -> Slices:
+def _choose(node: Node, method: Method, config: RunConfig, names: Sequence[str]) -> Slices:
     client = config.client
     budget = node.memory_mib or _mib(client.memory_budget_mib, node.adapted.device)
     most = config.most_rows_at_once
     if not budget:
         examples = min(client.micro_batch or most, most)
         return Slices(examples, min(client.directions_at_once, client.directions))
-    units, tensors = node.adapted.units, node.adapted.tensors()
-    exact = exact_names(units, method, config.head_gradient)
+    tensors = {name: value for name, value in node.adapted.tensors().items() if name in set(names)}
+    exact = exact_names(node.adapted.units, method, config.head_gradient) & tensors.keys()
     longest = node.train.by_length(range(len(node.train)))[::-1]
 
     def peak(slices: Slices) -> float:
@@ -89,7 +91,7 @@ def _choose(node: Node, method: Method, config: RunConfig) -> Slices:
         chosen = fit(peak, most, client.directions if method.gradient.slopes else 1, budget)
     except DoesNotFit as error:
         rank = f" or adapter.rank (now {config.adapter.rank})" if "rank" in ADAPTER_KEYS[config.adapter.kind] else ""
-        raise SpryError(
+        raise OutOfMemory(
             f"A step on one example takes {error.least_mib:.1f} MiB beside the model on this node, and its budget is "
             f"{budget:.1f} MiB. Raise client.memory-budget-mib (or this node's memory-budget-mib), or lower "
             f"data.max-length (now {config.data.max_length}){rank}."

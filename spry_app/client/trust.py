@@ -40,13 +40,13 @@ def check_gradient(node: Node, gradient: Gradient, at_once: int) -> None:
         _check_cut(node, gradient.cut)
 
 
-def trusted(node: Node, own: Gradient, at_once: int) -> tuple[str, ...]:
+def trusted(node: Node, own: Gradient, at_once: int, every: bool = False) -> tuple[str, ...]:
     """Names of the gradients of the table that a task may have here. Forward mode is among them where it was tested,
-    which takes some passes: for a method that uses it.
+    which takes some passes: where it is the method's `own`, or `every` one may be asked for.
     """
     found = []
     for name, gradient in GRADIENTS.items():
-        if gradient.slopes is not forward_mode or own.slopes is forward_mode:
+        if every or gradient.slopes is not forward_mode or own.slopes is forward_mode:
             with suppress(SpryError):
                 check_gradient(node, gradient, at_once)
                 found.append(name)

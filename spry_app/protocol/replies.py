@@ -7,7 +7,7 @@ from typing import Self
 
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
-from spry_app.errors import SpryError
+from spry_app.errors import OutOfMemory, SpryError
 from spry_app.protocol.records import LARGEST, MalformedReply, Record, Tensors, content_of, tensors_in, to_arrays
 
 MOST_EXAMPLES = 2**31
@@ -165,7 +165,14 @@ class Introduction:
 
 def refusal(task: Message, reason: SpryError) -> Message:
     """A client's answer when the user's input stops it; the server shows the sentence."""
-    return Message(content=RecordDict({"refusal": ConfigRecord({"reason": str(reason)})}), reply_to=task)
+    record = ConfigRecord({"reason": str(reason), "out-of-memory": isinstance(reason, OutOfMemory)})
+    return Message(content=RecordDict({"refusal": record}), reply_to=task)
+
+
+def lacks_memory(message: Message) -> bool:
+    """Whether the client refused because it was out of memory."""
+    record = None if message.has_error() else content_of(message).get("refusal")
+    return record is not None and record.get("out-of-memory") is True
 
 
 def error_reason(message: Message) -> str:

@@ -4,14 +4,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from spry_app.config import RunConfig
+from spry_app.errors import SpryError
 from spry_app.methods import Method, Share
 from spry_app.methods.global_state import GlobalState
 from spry_app.methods.noise import fewest_directions
 from spry_app.server.fleet import Fleet
 from spry_app.server.noise import hands_of
 
-Assign = Callable[[Sequence[float], int], Sequence[Sequence[str]]]
-"""(memory in MiB of each client, round) -> their units."""
+Assign = Callable[[Sequence[float], int, Sequence[tuple[str, ...]]], Sequence[Sequence[str]]]
+"""(memory in MiB of each client, round, gradients that each can take) -> their units."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,21 @@ def crew(
     least = config.server.min_train_nodes
     while True:
         clients = fleet.sample(nodes, config.server.fraction_train, least, (config.seed, round_), order)
-        shares = [Share.of(hand) for hand in assign(fleet.memory_mib(clients), round_)]
+        hands = assign(fleet.memory_mib(clients), round_, fleet.gradients(clients))
+        shares = [Share.of(hand) for hand in hands]
+        _check(config, shares)
         directions, enough = _directions(config, method, state, shares)
         if enough or len(clients) == len(nodes):
             return Crew(clients, shares, directions)
         least = len(clients) + max(1, len(clients) // 8)
+
+
+def _check(config: RunConfig, shares: Sequence[Share]) -> None:
+    if config.privacy.unit == "example" and any(share.gradient for share in shares):
+        raise SpryError(
+            "privacy.unit='example' counts what a row says by one kind of gradient, and clients were given others: set "
+            'assign to "every-unit", "cyclic" or "by-depth", or privacy.unit="client".'
+        )
 
 
 def _directions(

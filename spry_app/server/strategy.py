@@ -13,7 +13,7 @@ from spry_app.autodiff.directions import Tensors
 from spry_app.autodiff.gradients import Gradient
 from spry_app.config import RunConfig
 from spry_app.errors import SpryError
-from spry_app.methods import Method
+from spry_app.methods import Method, StepMemory
 from spry_app.methods.global_state import GlobalState
 from spry_app.methods.replay import local_steps, seats
 from spry_app.protocol import (
@@ -23,6 +23,7 @@ from spry_app.protocol import (
     Task,
     TrainReply,
     error_reason,
+    lacks_memory,
     refusal_reason,
     size_bytes,
     to_arrays,
@@ -32,7 +33,7 @@ from spry_app.server.checks import Asked, most_examples, most_forwards, problem
 from spry_app.server.clipping import clipped
 from spry_app.server.combining import Combiner
 from spry_app.server.crew import crew
-from spry_app.server.dealing import deal_out
+from spry_app.server.dealing import asked_mib, deal_out
 from spry_app.server.downlink import DOWNLINKS
 from spry_app.server.evaluation import is_due, scoring_tasks, summed
 from spry_app.server.fleet import Fleet
@@ -82,6 +83,8 @@ class SpryStrategy(Strategy):
         """How the last round with a usable reply changed the tensors."""
         self.tasks: dict[int, Task] = {}
         self.letters = Letters()
+        self.step_mib: StepMemory | None = None
+        """What a step takes, for an assignment by memory (run.py); None where every step fits."""
         self.barren_rounds = 0
         self.rounds_before = 0
         """Those of the run that is resumed; Flower counts from 1 again."""
@@ -160,13 +163,16 @@ class SpryStrategy(Strategy):
             return {}
         return {name: self.update[name] for name in self.perturbed(units, gradient)}
 
-    def assign(self, memory_mib: Sequence[float], round_: int) -> Sequence[Sequence[str]]:
+    def assign(
+        self, memory_mib: Sequence[float], round_: int, gradients: Sequence[tuple[str, ...]] = ()
+    ) -> Sequence[Sequence[str]]:
         """The units of each client, or its Share.
 
-        memory_mib: what a training step may take on each client, 0.0 where it has not said. Raises SpryError where a
-        method of the user's own deals out what there is not.
+        memory_mib: what a training step may take on each client, 0.0 where it has not said. gradients: that it can
+        take. Raises SpryError where a method of the user's own deals out what there is not.
         """
-        return deal_out(self.config, self.method, self.units, self.state.optimizer.tensors, memory_mib, round_)
+        tensors = self.state.optimizer.tensors
+        return deal_out(self.config, self.method, self.units, tensors, memory_mib, round_, gradients, self.step_mib)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -266,6 +272,8 @@ class SpryStrategy(Strategy):
         if reason:
             self.downlink.lost(node)
             self.fleet.lost(node)
+            if lacks_memory(message) and node in self.tasks and self.step_mib:
+                self.fleet.limit(node, asked_mib(self.tasks[node], self.method, self.units, self.step_mib) / 2)
             raise MalformedReply(reason)
         self.downlink.followed(node)
 
