@@ -1,11 +1,12 @@
 """Shares by what a node's memory holds: by hand, and in a federation of boxes that state different memory."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from federation import Federation, make_rows, tiny_run
+from federation import Federation, LocalGrid, make_rows, tiny_run
 from flwr.app import ConfigRecord, Message
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,7 +19,7 @@ from spry_app.methods.assignment import Deal
 from spry_app.methods.by_device import by_device
 from spry_app.protocol import introduction_request, lacks_memory, refusal, refusal_reason
 from spry_app.server.memory import step_memory
-from spry_app.server.run import _test_rows
+from spry_app.server.run import _test_rows, federate
 
 UNITS = "abcdef"
 EVERY = tuple(GRADIENTS)
@@ -174,3 +175,16 @@ def test_an_exact_step_takes_more_the_lower_it_begins(run_config: dict, tmp_path
     mib = step_memory(made.adapted, rows, config, made.strategy.method)
     assert mib(CHECKPOINTED, 0) > mib(CHECKPOINTED, 1) > mib(CHECKPOINTED, 2) > 0
     assert mib("forward-mode", 0) > 0
+
+
+@pytest.mark.parametrize("tested_by", ["server", "clients"])
+def test_a_run_measures_its_own_steps(tested_by: str, run_config: dict, tmp_path: Path) -> None:
+    """64 MiB hold any step of the tiny model, a thousandth of one none: that node is left with the top, and says no."""
+    keys = {"num-server-rounds": 1} | ({"data.test": ""} if tested_by == "clients" else {})
+    own = ({"memory-budget-mib": 64.0}, {"memory-budget-mib": 64.0}, {"memory-budget-mib": 0.001})
+    grid = LocalGrid(3, run_config | keys, own=own)
+    done = federate(grid, RunConfig.from_flower(run_config | keys), tmp_path)  # type: ignore[arg-type]
+    (line,) = (json.loads(line) for line in (tmp_path / "assignments.jsonl").read_text().splitlines())
+    held = {node: len(hand["units"]) for hand in line["hands"] for node in hand["nodes"]}
+    assert [held[str(node)] for node in sorted(grid.contexts)] == [5, 5, 2]
+    assert (done.recorder.rounds[-1].answered, done.recorder.rounds[-1].refused) == (2, 1)
