@@ -3,3 +3,7 @@
 
 class SpryError(Exception):
     """Bad input: says what was got, what is allowed and which key to change."""
+
+
+class OutOfMemory(SpryError):
+    """What was asked takes more memory than there is, or may be taken."""

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from spry_app.methods import ASSIGNMENTS
 from spry_app.methods.assignment import (
-    ASSIGNMENTS,
     Assign,
     Deal,
     cyclic_split,

@@ -31,7 +31,7 @@ PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
         ({"seed": True}, "valid integer"),
         ({"model.quantization": "nf5"}, "'none', 'nf4', 'fp4' or 'int8'"),
         ({"data.holdout": 1.0}, "less than 1"),
-        ({"assign": "cyclical"}, "'', 'every-unit', 'cyclic' or 'by-depth'"),
+        ({"assign": "cyclical"}, "'', 'every-unit', 'cyclic', 'by-depth' or 'by-device'"),
         ({"stop.max-forwards": -1.0}, "greater than or equal to 0"),
         ({"stop.max-seconds": math.inf}, "finite number"),
         ({"stop.target-accuracy": 80.0}, "less than or equal to 1"),

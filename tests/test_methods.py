@@ -9,8 +9,8 @@ import pytest
 from spry_app.autodiff.gradients import GRADIENTS
 from spry_app.config import RunConfig, keys
 from spry_app.errors import SpryError
-from spry_app.methods import METHODS, Deal, Method, get_method
-from spry_app.methods.assignment import ASSIGNMENTS, depth_split
+from spry_app.methods import ASSIGNMENTS, METHODS, Deal, Method, get_method
+from spry_app.methods.assignment import depth_split
 from spry_app.optimizers import SERVER_OPTIMIZERS
 
 OWN = '''

@@ -167,10 +167,10 @@ def test_a_worker_killed_in_the_middle_fails_that_message_alone(tmp_path: Path, 
     killer.join()
     assert health(node) is None
     state = grid.contexts[NODE].state
-    before = dict(state["slices"])
+    before = dict(state["slices.forward-mode"])
     assert "metrics" in _train(grid, made, **{"client.local-steps": 2}).content
     assert of(node)["pid"] != pid
-    after = dict(grid.contexts[NODE].state["slices"])  # the system may have ended it for its memory
+    after = dict(grid.contexts[NODE].state["slices.forward-mode"])  # the system may have ended it for its memory
     assert (before["micro_batch"], after["micro_batch"]) == (4, 2)
     assert not node.at_work.exists()
 

@@ -7,16 +7,17 @@ from collections.abc import Callable
 from flwr.app import ArrayRecord, Context, Message, RecordDict
 
 from spry_app.autodiff.budget import Slices
+from spry_app.autodiff.gradients import GRADIENTS
 from spry_app.autodiff.memory import is_out_of_memory, return_freed_memory
 from spry_app.client.catch_up import tensors_of
 from spry_app.client.node import Node, load_node
 from spry_app.client.privacy import check_scoring, protected
 from spry_app.client.slicing import give_less, most_at_once, slices_of
 from spry_app.client.training import train as train_node
-from spry_app.client.trust import check_gradient
+from spry_app.client.trust import check_gradient, trusted
 from spry_app.config import RunConfig
-from spry_app.errors import SpryError
-from spry_app.methods import Layout, Method, get_method
+from spry_app.errors import OutOfMemory, SpryError
+from spry_app.methods import BY_MEMORY, Layout, Method, get_method
 from spry_app.methods.global_state import digest
 from spry_app.models import SENT, Fixed, difference
 from spry_app.offline import set_offline
@@ -63,7 +64,8 @@ def _answer(work: Work) -> Answer:
 
 @_answer
 def introduce(node: Node, message: Message, method: Method, config: RunConfig, state: RecordDict) -> Introduction:
-    slices_of(node, method, config, state)  # a budget that is too small is refused before the first round
+    if method.assign not in BY_MEMORY:
+        slices_of(node, method, config, state)  # a budget that is too small is refused before the first round
     return Introduction(
         partition=node.partition,
         fingerprint=node.adapted.fingerprint,
@@ -71,6 +73,7 @@ def introduce(node: Node, message: Message, method: Method, config: RunConfig, s
         heldout=len(node.heldout),
         digest=digest(node.start),
         memory_mib=node.memory_mib,
+        gradients=trusted(node, method.gradient, most_at_once(node, config), method.assign in BY_MEMORY),
     )
 
 
@@ -79,7 +82,10 @@ def train(node: Node, message: Message, method: Method, config: RunConfig, state
     task = Task.from_message(message)
     task = dataclasses.replace(task, tensors=tensors_of(task, node, method, config, state))
     check_task(task, node, config)
-    reply = train_node(node, task, method, config, slices_of(node, method, config, state))
+    method = method.taking(task.gradient)
+    check_gradient(node, method.gradient, most_at_once(node, config))
+    units = task.units if method.assign in BY_MEMORY else ()
+    reply = train_node(node, task, method, config, slices_of(node, method, config, state, units))
     return protected(reply, task, method, config)
 
 
@@ -96,14 +102,14 @@ def evaluate(node: Node, message: Message, method: Method, config: RunConfig, st
 ANSWERS: dict[str, Answer] = {"introduce": introduce, "train": train, "evaluate": evaluate}
 
 
-def _out_of_memory(context: Context, less: Slices | None) -> SpryError:
+def _out_of_memory(context: Context, less: Slices | None) -> OutOfMemory:
     now = (
         f" From now on it takes {less.micro_batch} examples and {less.directions_at_once} directions at once."
         if less
         else ""
     )
     budget = context.node_config.get("memory-budget-mib") or context.run_config.get("client.memory-budget-mib")
-    return SpryError(
+    return OutOfMemory(
         f"This node was out of memory. Its budget for a step is {f'{budget} MiB' if budget else 'not set'}: set "
         "client.memory-budget-mib (or the node config's memory-budget-mib) to less than is free beside the model, or "
         f'"auto", or lower client.batch-size.{now}'
@@ -135,6 +141,8 @@ def check_task(task: Task, node: Node, config: RunConfig) -> None:
     numbers = (task.round, task.client, task.number, task.sharing)
     if not (1 <= task.directions <= config.client.directions and all(0 <= number < 2**63 for number in numbers)):
         reason = f"{task.directions} directions, or one of the numbers {numbers}, are out of bounds"
+    if task.gradient and task.gradient not in GRADIENTS:
+        reason = f"no gradient is called {task.gradient[:200]!r}"
     if reason:
         raise SpryError(
             f"This node cannot do what the server asks ({reason}): run the same version of Spry everywhere."

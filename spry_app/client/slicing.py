@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import logging
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,39 +16,47 @@ from spry_app.autodiff.memory import MIB, is_out_of_memory, peak_mib, return_fre
 from spry_app.client.node import Node
 from spry_app.client.step import Step
 from spry_app.config import ADAPTER_KEYS, RunConfig
-from spry_app.errors import SpryError
+from spry_app.errors import OutOfMemory
 from spry_app.methods import Method
 from spry_app.methods.replay import exact_names
 from spry_app.models.room import free_bytes
 
 logger = logging.getLogger(__name__)
 
+_SLICES = "slices."
+"""Beginning of the names of what is kept in a node's state, one a gradient."""
 AUTO_PART = 0.5
 """Part of the free memory that "auto" takes: the rest is for what comes and goes beside a step."""
 
 
-def slices_of(node: Node, method: Method, config: RunConfig, state: RecordDict) -> Slices:
-    """Chosen once a run, since trials take a step each, and kept in `state`, which Flower keeps for the node."""
-    known: Any = state.get("slices")
+def slices_of(node: Node, method: Method, config: RunConfig, state: RecordDict, units: Sequence[str] = ()) -> Slices:
+    """Chosen once a run and gradient, since trials take a step each, and kept in `state`, which Flower keeps for the
+    node. units: on which the step is, and once for each lowest block of theirs; none for all units.
+    """
+    names = [name for unit in units or node.adapted.units for name in node.adapted.units[unit]]
+    key = _SLICES + method.gradient.name + (f".{node.adapted.depth(names)}" if units else "")
+    known: Any = state.get(key)
     if known is not None:
         return Slices(**known)
-    chosen = _choose(node, method, config)
-    _keep(chosen, state)
+    chosen = _choose(node, method, config, names)
+    _keep(chosen, state, key)
     return chosen
 
 
 def give_less(state: RecordDict) -> Slices | None:
-    """Smaller slices for the rest of the run, after a step that was out of memory; None where none were chosen yet."""
-    known: Any = state.get("slices")
-    if known is None:
-        return None
-    less = halved(Slices(**known))
-    _keep(less, state)
+    """Smaller slices for the rest of the run, after a step that was out of memory, with whatever gradient: a process
+    that was ended cannot say with which. None where none were chosen yet.
+    """
+    less = None
+    for key in [key for key in state if key.startswith(_SLICES)]:
+        known: Any = state[key]
+        less = halved(Slices(**known))
+        _keep(less, state, key)
     return less
 
 
-def _keep(slices: Slices, state: RecordDict) -> None:
-    state["slices"] = ConfigRecord(dict(dataclasses.asdict(slices)))
+def _keep(slices: Slices, state: RecordDict, key: str) -> None:
+    state[key] = ConfigRecord(dict(dataclasses.asdict(slices)))
 
 
 def most_at_once(node: Node, config: RunConfig) -> int:
@@ -56,15 +65,15 @@ def most_at_once(node: Node, config: RunConfig) -> int:
     return config.client.directions if budgeted else config.client.directions_at_once
 
 
-def _choose(node: Node, method: Method, config: RunConfig) -> Slices:
+def _choose(node: Node, method: Method, config: RunConfig, names: Sequence[str]) -> Slices:
     client = config.client
     budget = node.memory_mib or _mib(client.memory_budget_mib, node.adapted.device)
     most = config.most_rows_at_once
     if not budget:
         examples = min(client.micro_batch or most, most)
         return Slices(examples, min(client.directions_at_once, client.directions))
-    units, tensors = node.adapted.units, node.adapted.tensors()
-    exact = exact_names(units, method, config.head_gradient)
+    tensors = {name: value for name, value in node.adapted.tensors().items() if name in set(names)}
+    exact = exact_names(node.adapted.units, method, config.head_gradient) & tensors.keys()
     longest = node.train.by_length(range(len(node.train)))[::-1]
 
     def peak(slices: Slices) -> float:
@@ -82,7 +91,7 @@ def _choose(node: Node, method: Method, config: RunConfig) -> Slices:
         chosen = fit(peak, most, client.directions if method.gradient.slopes else 1, budget)
     except DoesNotFit as error:
         rank = f" or adapter.rank (now {config.adapter.rank})" if "rank" in ADAPTER_KEYS[config.adapter.kind] else ""
-        raise SpryError(
+        raise OutOfMemory(
             f"A step on one example takes {error.least_mib:.1f} MiB beside the model on this node, and its budget is "
             f"{budget:.1f} MiB. Raise client.memory-budget-mib (or this node's memory-budget-mib), or lower "
             f"data.max-length (now {config.data.max_length}){rank}."

@@ -1,5 +1,6 @@
 """Can a gradient of this node's model be trusted? Asked before anything is trained on it; nothing is trained here."""
 
+from contextlib import suppress
 from weakref import WeakKeyDictionary
 
 import torch
@@ -37,6 +38,19 @@ def check_gradient(node: Node, gradient: Gradient, at_once: int) -> None:
         )
     if gradient.cut is not None:
         _check_cut(node, gradient.cut)
+
+
+def trusted(node: Node, own: Gradient, at_once: int, every: bool = False) -> tuple[str, ...]:
+    """Names of the gradients of the table that a task may have here. Forward mode is among them where it was tested,
+    which takes some passes: where it is the method's `own`, or `every` one may be asked for.
+    """
+    found = []
+    for name, gradient in GRADIENTS.items():
+        if every or gradient.slopes is not forward_mode or own.slopes is forward_mode:
+            with suppress(SpryError):
+                check_gradient(node, gradient, at_once)
+                found.append(name)
+    return tuple(found)
 
 
 def _check_cut(node: Node, cut: int) -> None:

@@ -70,6 +70,11 @@ class ServerConfig(Section):
     tau: float = Field(1e-6, gt=0)
     """Added to the root of the second moment by Adagrad, Adam and Yogi. Far below the size of the clients' updates,
     steps do not depend on that size; the papers' 1e-3 goes with updates of that order."""
+    weighting: Literal["examples", "precision"] = "examples"
+    """What a reply weighs in the mean: the "examples" it was trained on; or its "precision", by which few directions
+    weigh less than many, and any less than an exact gradient (methods.precision), all the more of the mean then being
+    of those clients' rows. Replies of one kind weigh examples either way. "precision" is for replies of weights or a
+    gradient, without privacy."""
     fraction_train: float = Field(1.0, gt=0, le=1)
     """Part of the nodes asked each round."""
     fraction_evaluate: Fraction = 1.0

@@ -6,7 +6,8 @@ from typing import Any
 from spry_app.autodiff.gradients import GRADIENTS, central, one_sided
 from spry_app.config import RunConfig
 from spry_app.errors import SpryError
-from spry_app.methods.assignment import ASSIGNMENTS, Deal, cyclic_split
+from spry_app.methods.assignment import Assign, Deal, Share, StepMemory, cyclic_split, depth_split, every_unit
+from spry_app.methods.by_device import by_device
 from spry_app.methods.fit import Layout, as_it_is, cut_in_two
 from spry_app.methods.method import Method
 from spry_app.methods.pick import NEAREST
@@ -15,6 +16,15 @@ from spry_app.plugins import look_up
 _FORWARD, _BACKPROP = GRADIENTS["forward-mode"], GRADIENTS["backprop"]
 _CENTRAL, _ONE_SIDED = GRADIENTS["central-difference"], GRADIENTS["one-sided-difference"]
 _SPRY, _FEDAVG, _FEDYOGI = "SPRY, arXiv:2405.15551", "FedAvg, arXiv:1602.05629", "FedYogi, arXiv:2003.00295"
+
+ASSIGNMENTS: dict[str, Assign] = {
+    "every-unit": every_unit,
+    "cyclic": cyclic_split,
+    "by-depth": depth_split,
+    "by-device": by_device,
+}
+BY_MEMORY = frozenset({by_device})
+"""Assignments that deal out what a node's memory holds: each share has slices of its own then, and no others."""
 
 METHODS: dict[str, Method] = {
     "spry": Method(gradient=_FORWARD, assign=cyclic_split, server_optimizer="yogi", paper=_SPRY),
@@ -74,8 +84,33 @@ def get_method(config: RunConfig) -> Method:
             f"client.optimizer={config.client.optimizer!r}: method={config.method!r} averages what clients measured "
             'along shared directions, which stands for the mean of their steps only with client.optimizer="sgd".'
         )
+    if method.assign in BY_MEMORY and method.reply == "slopes":
+        raise SpryError(
+            f"assign={config.assign!r}: clients of method={config.method!r} reply with slopes, from which the server "
+            "repeats their steps, so their gradients must be of one kind. Use a method whose clients reply with "
+            'weights or a gradient (method="spry", "fedavg", "fedsgd"), or assign="by-depth".'
+        )
+    _check_weighting(config, method)
     _check_privacy(config, method)
     return method
+
+
+def _check_weighting(config: RunConfig, method: Method) -> None:
+    if config.server.weighting == "examples":
+        return
+    if method.reply == "slopes":
+        raise SpryError(
+            f"server.weighting={config.server.weighting!r}: clients of method={config.method!r} reply with slopes, and "
+            "whoever rebuilds the run from their log would not know the weights, which follow from all earlier rounds. "
+            'Use server.weighting="examples", or a method whose clients reply with weights or a gradient '
+            '(method="spry").'
+        )
+    if config.privacy.mode:
+        raise SpryError(
+            f"server.weighting={config.server.weighting!r}: with privacy.mode={config.privacy.mode!r} weights would "
+            "tell of replies without noise, or take noise that was added for a gradient's own. Use "
+            'server.weighting="examples", or privacy.mode="".'
+        )
 
 
 def _check_privacy(config: RunConfig, method: Method) -> None:
@@ -102,4 +137,4 @@ def _find(name: str) -> Method:
     return method
 
 
-__all__ = ["METHODS", "Deal", "Layout", "Method", "get_method"]
+__all__ = ["ASSIGNMENTS", "BY_MEMORY", "METHODS", "Deal", "Layout", "Method", "Share", "StepMemory", "get_method"]

@@ -2,13 +2,22 @@
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
 from spry_app.autodiff.costs import suffix_above
 from spry_app.autodiff.gradients import GRADIENTS
+
+StepMemory = Callable[[str, int], float]
+"""(name of a gradient, lowest block) -> MiB above the loaded model of the smallest step on the units from there up."""
+
+
+def _unknown(gradient: str, lowest: int) -> float:
+    """Where nobody has measured, every step fits."""
+    return 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +26,9 @@ class Deal:
 
     units: names, from the bottom of the model to its top. depths: the block of each unit, 0 for the lowest, `blocks`
     for what lies above all of them. sizes: trainable values of each unit. blocks: how many the model has.
-    memory_mib: for each client, what a training step may take; 0.0 where it has not said. round: from 1.
+    memory_mib: for each client, what a training step may take; 0.0 where it has not said. round: from 1. gradient: the
+    method's. gradients: for each client, those that it can take; empty as a whole for that one alone. step_mib:
+    (gradient, lowest block) -> what the smallest step takes on the units from there up, MiB.
     """
 
     units: tuple[str, ...]
@@ -26,6 +37,9 @@ class Deal:
     blocks: int
     memory_mib: tuple[float, ...]
     round: int
+    gradient: str = "forward-mode"
+    gradients: tuple[tuple[str, ...], ...] = ()
+    step_mib: StepMemory = _unknown
 
     @property
     def clients(self) -> int:
@@ -33,8 +47,25 @@ class Deal:
         return len(self.memory_mib)
 
 
-Assign = Callable[[Deal], list[list[str]]]
-"""Deal -> the units of each client."""
+class Share(list[str]):
+    """The units of a client, which may take another gradient for them than the method's, and fewer directions.
+
+    gradient: a name of GRADIENTS; "" for the method's. directions: at most so many a batch; 0 for as many as are set.
+    """
+
+    def __init__(self, units: Iterable[str], gradient: str = "", directions: int = 0) -> None:
+        super().__init__(units)
+        self.gradient, self.directions = gradient, directions
+
+    @classmethod
+    def of(cls, hand: Sequence[str], beside: Sequence[str] = ()) -> Self:
+        """What an Assign has dealt out, with units that go to everyone."""
+        units = [*hand, *beside]
+        return cls(units, hand.gradient, hand.directions) if isinstance(hand, Share) else cls(units)
+
+
+Assign = Callable[[Deal], Sequence[Sequence[str]]]
+"""Deal -> the units of each client, or its Share."""
 
 
 def every_unit(deal: Deal) -> list[list[str]]:
@@ -68,9 +99,6 @@ def depth_split(deal: Deal) -> list[list[str]]:
         return [[] for _ in range(deal.clients)]
     bands = _bands(deal.sizes, min(len(deal.units), deal.clients))
     return [list(deal.units[bands[place * len(bands) // deal.clients]]) for place in _places(deal)]
-
-
-ASSIGNMENTS: dict[str, Assign] = {"every-unit": every_unit, "cyclic": cyclic_split, "by-depth": depth_split}
 
 
 def forward_passes(hand: Collection[str], deal: Deal, directions: int) -> float:

@@ -50,11 +50,21 @@ class GlobalState:
         self.optimizer.step(pseudo_gradient, parts)
         self.round = round_
 
-    def hand(self, units: Iterable[str], directions: int, examples: int = 1) -> Hand:
+    def perturbed(self, units: Iterable[str], gradient: str = "") -> dict[str, int]:
+        """The tensors that slopes of these units are for, and how many numbers each has; none for a `gradient` that is
+        exact (as Method.taking).
+        """
+        method, now = self._method.taking(gradient), self.optimizer.tensors
+        if method.gradient.slopes is None:
+            return {}
+        exact = exact_names(self._units, method, self._config.head_gradient)
+        return {name: now[name].numel() for unit in units for name in self._units[unit] if name not in exact}
+
+    def hand(self, units: Iterable[str], directions: int, examples: int = 1, gradient: str = "") -> Hand:
         """What a client perturbs that holds these units."""
-        now, names = self.optimizer.tensors, {unit: set(self._units[unit]) - self.exact for unit in units}
-        dimensions = sum(now[name].numel() for unit in names.values() for name in unit)
-        return Hand(tuple(unit for unit in names if names[unit]), dimensions, directions, examples)
+        exact = exact_names(self._units, self._method.taking(gradient), self._config.head_gradient)
+        held = tuple(unit for unit in units if not exact.issuperset(self._units[unit]))
+        return Hand(held, sum(self.perturbed(held, gradient).values()), directions, examples)
 
     def hands(self, entry: Entry) -> list[Hand]:
         """What the clients of a round perturbed, by its log. With two blocks (FedSPZO) K is that of the lower half."""
@@ -117,15 +127,17 @@ class GlobalState:
         return digest(self.optimizer.tensors)
 
 
-def mean_change(changes: Iterable[tuple[Tensors, int]]) -> Tensors:
-    """Per tensor, the mean over those who have it, weighted by their examples, in the order given."""
+def mean_change(changes: Iterable[tuple[Tensors, float]]) -> Tensors:
+    """Per tensor, the mean over those who have it, weighted by their examples or what is in their place, in the order
+    given.
+    """
     total: Tensors = {}
-    weight: dict[str, int] = {}
-    for tensors, examples in changes:
+    weight: dict[str, float] = {}
+    for tensors, own in changes:
         for name, value in tensors.items():
-            change = value * examples
+            change = value * own
             total[name] = total[name] + change if name in total else change
-            weight[name] = weight.get(name, 0) + examples
+            weight[name] = weight.get(name, 0) + own
     return {name: value / weight[name] for name, value in total.items()}
 
 

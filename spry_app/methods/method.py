@@ -3,8 +3,9 @@
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
-from spry_app.autodiff.gradients import Gradient
+from spry_app.autodiff.gradients import GRADIENTS, Gradient
 from spry_app.config import ClientConfig
+from spry_app.errors import SpryError
 from spry_app.methods.assignment import Assign, every_unit
 from spry_app.methods.fit import Fit, Layout, as_it_is
 from spry_app.methods.pick import FIRST, Pick
@@ -71,3 +72,23 @@ class Method:
     def on(self, layout: Layout, config: ClientConfig) -> Self:
         """The method as it runs on a model, for server and clients alike. Raises what `fit` raises, SpryError."""
         return replace(self, gradient=self.fit(self.gradient, layout, config), fit=as_it_is)
+
+    def taking(self, gradient: str) -> Self:
+        """The method of a client that takes another gradient of the table than the rest of its round; "" for the same.
+
+        An exact one has no directions to pick. To be asked of what `on` has made. Raises SpryError where the gradients
+        of a round must be of one kind, or there is none of that name.
+        """
+        if gradient in ("", self.gradient.name):
+            return self
+        if gradient not in GRADIENTS:
+            raise SpryError(f"A client was given gradient={gradient[:200]!r}; known: {', '.join(GRADIENTS)}.")
+        if self.reply == "slopes":
+            raise SpryError(
+                f"A client was given gradient={gradient!r}, others {self.gradient.name}, and all reply with slopes, "
+                "from which the server repeats their steps: these must be of one kind. Use a method with "
+                'reply="weights" or "gradient" (method="spry", "fedavg", "fedsgd"), or an assign that gives all '
+                'clients one gradient ("every-unit", "cyclic", "by-depth").'
+            )
+        chosen = GRADIENTS[gradient]
+        return replace(self, gradient=chosen, pick=self.pick if chosen.slopes else FIRST)

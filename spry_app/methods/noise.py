@@ -37,7 +37,12 @@ def expected_cosine(dimensions: int, directions: float, kind: str = "gaussian") 
     E[estimate . gradient] / sqrt(E|estimate|^2 |gradient|^2), for d = `dimensions` that are perturbed together and n =
     `directions` in all: K times the clients that hold the same units. 1 where nothing is perturbed.
     """
-    return _cosine(RELATIVE_NOISE[kind](dimensions, directions) if dimensions else 0.0)
+    return _cosine(relative_noise(dimensions, directions, kind))
+
+
+def relative_noise(dimensions: int, directions: float, kind: str) -> float:
+    """Of RELATIVE_NOISE; none where nothing is perturbed, as with an exact gradient."""
+    return RELATIVE_NOISE[kind](dimensions, directions) if dimensions else 0.0
 
 
 def _cosine(relative_noise: float) -> float:
@@ -46,37 +51,38 @@ def _cosine(relative_noise: float) -> float:
 
 @dataclass(frozen=True)
 class Hand:
-    """What one client perturbs together: units, d = `dimensions` numbers in them, K = `directions`, and the examples by
-    which its estimate is weighted.
+    """What one client perturbs together: units, d = `dimensions` numbers in them (0 where its gradient is exact), K =
+    `directions`, and the examples by which its estimate is weighted, or what takes their place.
     """
 
     units: tuple[str, ...]
     dimensions: int
     directions: int
-    examples: int = 1
+    examples: float = 1
 
 
 def expected_cosines(hands: Sequence[Hand], kind: str = "gaussian") -> dict[str, float]:
     """Unit -> expected cosine of its mean estimate over the clients that hold it, as `expected_cosine`.
 
     Unequal hands: the part w of each client in the mean makes n = 1 / sum(w^2 / K) directions of those with the same
-    units (who share one frame, where directions are orthogonal); groups with other units add their noise. All numbers
-    of a hand are taken to carry the same part of its gradient.
+    units (who share one frame, where directions are orthogonal); groups with other units add their noise, an exact
+    gradient adds none. All numbers of a hand are taken to carry the same part of its gradient. A unit that nobody
+    perturbs is left out.
     """
     return {unit: _of_unit([hand for hand in hands if unit in hand.units], kind) for unit in _held(hands)}
 
 
 def _held(hands: Iterable[Hand]) -> list[str]:
-    return list(dict.fromkeys(unit for hand in hands for unit in hand.units))
+    return list(dict.fromkeys(unit for hand in hands if hand.dimensions for unit in hand.units))
 
 
 def _of_unit(holders: Sequence[Hand], kind: str) -> float:
     total, noise = sum(hand.examples for hand in holders), 0.0
-    for units in dict.fromkeys(hand.units for hand in holders):
-        alike = [hand for hand in holders if hand.units == units]
+    for key in dict.fromkeys((hand.units, hand.dimensions) for hand in holders):
+        alike = [hand for hand in holders if (hand.units, hand.dimensions) == key]
         examples = sum(hand.examples for hand in alike)
         directions = 1 / sum((hand.examples / examples) ** 2 / hand.directions for hand in alike)
-        noise += (examples / total) ** 2 * RELATIVE_NOISE[kind](alike[0].dimensions, directions)
+        noise += (examples / total) ** 2 * relative_noise(alike[0].dimensions, directions, kind)
     return _cosine(noise)
 
 
@@ -136,30 +142,43 @@ class Noise:
         return math.sqrt(max(0.0, self.signal) / whole) if whole > 0 else 0.0
 
 
+Weigh = Callable[[str, int], tuple[float, float]]
+"""(unit, which client) -> weight of its estimate in the mean, and that estimate's variance, relative to the others'."""
+
+
 def measured_noise(
-    changes: Sequence[tuple[Tensors, int]],
+    changes: Sequence[tuple[Tensors, float]],
     units: Mapping[str, Sequence[str]],
     expected: Mapping[str, float],
     apart: Collection[str] | None = None,
+    weigh: Weigh | None = None,
+    exact: Collection[int] = (),
 ) -> dict[str, Noise]:
-    """Unit -> noise of the mean of the clients' changes, weighted by examples.
+    """Unit -> noise of the mean of the clients' changes, weighted by examples or as `weigh` says.
 
     changes: of each client, the tensors that it changed and its examples. units: unit -> names of its tensors. apart:
     names of tensors in which clients are independent of one another though they hold the same tensors; None for all.
-    In others those clients count as one estimate, for they have parts of one frame, or shared directions.
+    In others those clients count as one estimate, for they have parts of one frame, or shared directions; but not the
+    `exact` ones, which have no directions.
 
-    With m >= 2 independent estimates x_i of weights w_i, sum(w) = 1: noise = q / (1 - q) sum w_i |x_i - mean|^2 where
-    q = sum w_i^2 (which is s^2 / m for equal weights), signal = |mean|^2 - noise, both unbiased for x_i of one mean and
-    one variance. With one, the `expected` cosine of a unit divides |x|^2; a unit that has none is left out.
+    With m >= 2 independent estimates x_i of weights w_i, sum(w) = 1, and variances v_i but for a common factor:
+    noise = q / (p - q) sum w_i |x_i - mean|^2 where p = sum w_i v_i, q = sum w_i^2 v_i (which is s^2 / m for equal
+    weights and variances), signal = |mean|^2 - noise, both unbiased for x_i of one mean. With one, the `expected`
+    cosine of a unit divides |x|^2; a unit that has none is left out.
     """
     found = {}
     for unit, names in units.items():
-        holders = [(change, examples) for change, examples in changes if change.keys() >= set(names)]
+        holders = [index for index, (change, _) in enumerate(changes) if change.keys() >= set(names)]
         independent = apart is None or set(names) <= set(apart)
-        estimates = [_flat(change, names) * examples for change, examples in holders]
-        weights = [float(examples) for _, examples in holders]
-        keys = [str(i) if independent else _key(change, apart) for i, (change, _) in enumerate(holders)]
-        noise = _noise(*_together(estimates, weights, keys), expected.get(unit))
+        weights, variances, keys = [], [], []
+        for index in holders:
+            change, examples = changes[index]
+            weight, variance = weigh(unit, index) if weigh else (examples, 1.0)
+            weights.append(float(weight))
+            variances.append(variance)
+            keys.append(str(index) if independent or index in exact else _key(change, apart))
+        estimates = [_flat(changes[index][0], names) for index in holders]
+        noise = _noise(*_together(estimates, weights, variances, keys), expected.get(unit))
         if noise is not None:
             found[unit] = noise
     return found
@@ -182,15 +201,21 @@ def _flat(change: Tensors, names: Sequence[str]) -> Tensor:
 
 
 def _together(
-    sums: Sequence[Tensor], weights: Sequence[float], keys: Sequence[str]
-) -> tuple[list[Tensor], list[float]]:
-    """Means of the estimates with the same key, and what they weigh."""
+    estimates: Sequence[Tensor], weights: Sequence[float], variances: Sequence[float], keys: Sequence[str]
+) -> tuple[list[Tensor], list[float], list[float]]:
+    """Means of the estimates with the same key, what they weigh, and the mean of their variances."""
     groups = [[i for i, key in enumerate(keys) if key == group] for group in dict.fromkeys(keys)]
     weight = [sum(weights[i] for i in group) for group in groups]
-    return [torch.stack([sums[i] for i in group]).sum(0) / w for group, w in zip(groups, weight, strict=True)], weight
+    means, of_means = [], []
+    for group, whole in zip(groups, weight, strict=True):
+        means.append(torch.stack([estimates[i] * weights[i] for i in group]).sum(0) / whole)
+        of_means.append(sum(weights[i] * variances[i] for i in group) / whole)
+    return means, weight, of_means
 
 
-def _noise(estimates: Sequence[Tensor], weights: Sequence[float], expected: float | None) -> Noise | None:
+def _noise(
+    estimates: Sequence[Tensor], weights: Sequence[float], variances: Sequence[float], expected: float | None
+) -> Noise | None:
     if not estimates:
         return None
     part = torch.tensor(weights, dtype=torch.float64) / sum(weights)
@@ -199,6 +224,7 @@ def _noise(estimates: Sequence[Tensor], weights: Sequence[float], expected: floa
     length = float(mean.square().sum())
     if len(estimates) == 1:
         return None if expected is None else Noise(1, length * expected**2, length * (1 - expected**2))
-    q = float(part.square().sum())
-    noise = q / (1 - q) * float(part @ (stack - mean).square().sum(1))
+    variance = torch.tensor(variances, dtype=torch.float64)
+    p, q = float(part @ variance), float(part.square() @ variance)
+    noise = q / (p - q) * float(part @ (stack - mean).square().sum(1))
     return Noise(len(estimates), length - noise, noise)

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 
 from spry_app.config import RunConfig, Scalar
 from spry_app.errors import SpryError
-from spry_app.methods import Layout, Method, get_method
-from spry_app.methods.assignment import ASSIGNMENTS
+from spry_app.methods import ASSIGNMENTS, Layout, Method, get_method
 from spry_app.models import AdaptedModel
 from spry_app.planner.blank import start_of
 from spry_app.server.dealing import deal_out

@@ -21,6 +21,7 @@ from spry_app.protocol.replies import (
     Score,
     TrainReply,
     error_reason,
+    lacks_memory,
     refusal,
     refusal_reason,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "frame_in",
     "from_arrays",
     "introduction_request",
+    "lacks_memory",
     "mismatch",
     "refusal",
     "refusal_reason",

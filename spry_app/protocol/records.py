@@ -29,6 +29,7 @@ _HEADER = re.compile(
     re.DOTALL,
 )
 """What numpy.save writes before a plain array in C order: https://numpy.org/neps/nep-0001-npy-format.html"""
+_WORD, _MOST_WORDS = re.compile(r"[a-z][a-z0-9-]{0,63}"), 64
 _FORMATS = {np.dtype(name).str.encode(): np.dtype(name) for name in ("f2", "f4", "f8", "i4", "i8", "u1")}
 
 
@@ -138,12 +139,29 @@ class Record:
             raise MalformedReply(f"{key} in the {self._name} is {_shown(value)}, not of type {kind.__name__}")
         return value
 
+    def word(self, key: str) -> str:
+        """As a table of ours may have it for a row, or nothing. Raises MalformedReply."""
+        return _word(self.get(key, str), key)
+
+    def words(self, key: str) -> tuple[str, ...]:
+        """Some of a table's. Raises MalformedReply where it is something else, or more than any table has."""
+        values = self.list_of(key, str)
+        if len(values) > _MOST_WORDS:
+            raise MalformedReply(f"{key} in the {self._name} is a list of {len(values)}")
+        return tuple(_word(value, key) for value in values)
+
     def list_of(self, key: str, *kinds: type) -> list[Any]:
         """Raises MalformedReply where there is none, or it holds another kind."""
         values = self.get(key, list)
         if not all(type(value) in kinds for value in values):
             raise MalformedReply(f"{key} in the {self._name} is a list of something else than {kinds[0].__name__}")
         return values
+
+
+def _word(value: str, key: str) -> str:
+    if value and not _WORD.fullmatch(value):
+        raise MalformedReply(f"{key} is {reprlib.repr(value)}, not a name")
+    return value
 
 
 def _shown(value: Any) -> str:

@@ -7,7 +7,7 @@ from typing import Self
 
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
-from spry_app.errors import SpryError
+from spry_app.errors import OutOfMemory, SpryError
 from spry_app.protocol.records import LARGEST, MalformedReply, Record, Tensors, content_of, tensors_in, to_arrays
 
 MOST_EXAMPLES = 2**31
@@ -119,6 +119,7 @@ class Introduction:
 
     partition: its number among the nodes, -1 if it has none. fingerprint: of its base model. examples, heldout: rows.
     digest: of the tensors that it starts from. memory_mib: what a training step may take on it, 0.0 if it does not say.
+    gradients: names of those that it can take for a task.
     """
 
     partition: int
@@ -127,6 +128,7 @@ class Introduction:
     heldout: int
     digest: str
     memory_mib: float = 0.0
+    gradients: tuple[str, ...] = ()
 
     def to_message(self, task: Message) -> Message:
         config = ConfigRecord(
@@ -137,6 +139,7 @@ class Introduction:
                 "heldout": self.heldout,
                 "digest": self.digest,
                 "memory-mib": self.memory_mib,
+                "gradients": list(self.gradients),
             }
         )
         return Message(content=RecordDict({"introduction": config}), reply_to=task)
@@ -155,6 +158,7 @@ class Introduction:
             heldout=config.get("heldout", int),
             digest=config.get("digest", str),
             memory_mib=memory_mib,
+            gradients=config.words("gradients"),
         )
         if not (0 <= found.examples <= MOST_EXAMPLES and 0 <= found.heldout <= MOST_EXAMPLES):
             raise MalformedReply(f"impossible rows: {found.examples}, and {found.heldout} held out")
@@ -165,7 +169,14 @@ class Introduction:
 
 def refusal(task: Message, reason: SpryError) -> Message:
     """A client's answer when the user's input stops it; the server shows the sentence."""
-    return Message(content=RecordDict({"refusal": ConfigRecord({"reason": str(reason)})}), reply_to=task)
+    record = ConfigRecord({"reason": str(reason), "out-of-memory": isinstance(reason, OutOfMemory)})
+    return Message(content=RecordDict({"refusal": record}), reply_to=task)
+
+
+def lacks_memory(message: Message) -> bool:
+    """Whether the client refused because it was out of memory."""
+    record = None if message.has_error() else content_of(message).get("refusal")
+    return record is not None and record.get("out-of-memory") is True
 
 
 def error_reason(message: Message) -> str:

@@ -34,8 +34,9 @@ class Task:
     """What the server asks of one node: to train `units`, or (message type EVALUATE) to score `tensors`.
 
     round: from 1. client: position among this round's clients, which decides the order of its rows. number, sharing,
-    directions: which directions it takes, and how many a batch (methods.replay.Seat). tensors: every trainable tensor
-    (fp32), or with `catch_up` those alone that no scalar stands for. fingerprint: of the base model the server has.
+    directions: which directions it takes, and how many a batch (methods.replay.Seat). gradient: name of the one that it
+    takes, where that is not the method's (Method.taking). tensors: every trainable tensor (fp32), or with `catch_up`
+    those alone that no scalar stands for. fingerprint: of the base model the server has.
     evaluate: also score the held-out rows after training. measure: also measure the peak memory of the first step.
     update: how the last round changed the tensors of `units`, where the method chooses directions by it; else empty.
     """
@@ -48,6 +49,7 @@ class Task:
     number: int = 0
     sharing: int = 0
     directions: int = 1
+    gradient: str = ""
     evaluate: bool = False
     measure: bool = False
     update: Tensors = field(default_factory=dict)
@@ -66,6 +68,7 @@ class Task:
                 "number": self.number,
                 "sharing": self.sharing,
                 "directions": self.directions,
+                "gradient": self.gradient,
                 "units": list(self.units),
                 "fingerprint": self.fingerprint,
                 "evaluate": self.evaluate,
@@ -90,6 +93,7 @@ class Task:
             number=config.get("number", int),
             sharing=config.get("sharing", int),
             directions=config.get("directions", int),
+            gradient=config.word("gradient"),
             tensors=tensors_in(message),
             units=tuple(config.list_of("units", str)),
             fingerprint=config.get("fingerprint", str),

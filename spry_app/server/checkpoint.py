@@ -5,7 +5,7 @@ its rounds were is in metrics.jsonl (record.py).
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,10 @@ CHANGEABLE = (
 """Keys, or beginnings of keys, that need not be those of the run that is resumed."""
 
 
+GROUPS = ("tensors", "moments", "update", "weighting")
+"""Of the tensors of a checkpoint."""
+
+
 @dataclass(frozen=True)
 class Progress:
     """round: the last that ended. state_round: the last that changed the tensors. barren_rounds: in a row."""
@@ -44,20 +48,19 @@ class Progress:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """tensors: all trainable ones. moments: of the server's optimizer. update: by the last round that changed them."""
+    """tensors: all trainable ones. moments: of the server's optimizer. update: by the last round that changed them.
+    weighting: what the weights of replies depend on (combining.py).
+    """
 
     progress: Progress
     tensors: Tensors
     moments: Tensors
     update: Tensors
+    weighting: Tensors = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Replace the one in `folder`."""
-        flat = {
-            f"{group}:{name}": value
-            for group in ("tensors", "moments", "update")
-            for name, value in getattr(self, group).items()
-        }
+        flat = {f"{group}:{name}": value for group in GROUPS for name, value in getattr(self, group).items()}
         fresh = folder / f"{NAME}.new"
         save_file(flat, fresh, {"progress": json.dumps(asdict(self.progress))})
         with fresh.open("rb") as file:
@@ -73,7 +76,7 @@ class Checkpoint:
 def load(folder: Path, config: RunConfig) -> Checkpoint:
     """Raises SpryError where there is none, or its run had other settings than `config` in a key that matters."""
     _check(folder, config)
-    groups: dict[str, Tensors] = {"tensors": {}, "moments": {}, "update": {}}
+    groups: dict[str, Tensors] = {group: {} for group in GROUPS}
     try:
         with safe_open(folder / NAME, framework="pt") as file:
             progress = Progress(**json.loads(file.metadata()["progress"]))
@@ -91,7 +94,7 @@ def load(folder: Path, config: RunConfig) -> Checkpoint:
     return Checkpoint(progress, **groups)
 
 
-def _check_content(progress: Progress, tensors: Tensors, moments: Tensors, update: Tensors) -> None:
+def _check_content(progress: Progress, tensors: Tensors, moments: Tensors, update: Tensors, weighting: Tensors) -> None:
     """What can be said of a checkpoint without its model; whether it is of that one, its optimizer says. Raises
     ValueError.
     """
@@ -99,7 +102,7 @@ def _check_content(progress: Progress, tensors: Tensors, moments: Tensors, updat
         raise ValueError(f"its rounds are {progress}")
     if update and {n: t.shape for n, t in update.items()} != {n: t.shape for n, t in tensors.items()}:
         raise ValueError("its last update is not one of its tensors")
-    for name, value in (moments | update).items():
+    for name, value in (moments | update | weighting).items():
         if not torch.isfinite(value).all():
             raise ValueError(f"{name} has a number that is not finite")
 

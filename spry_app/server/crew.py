@@ -4,22 +4,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from spry_app.config import RunConfig
-from spry_app.methods import Method
+from spry_app.errors import SpryError
+from spry_app.methods import Method, Share
 from spry_app.methods.global_state import GlobalState
 from spry_app.methods.noise import fewest_directions
 from spry_app.server.fleet import Fleet
 from spry_app.server.noise import hands_of
 
-Assign = Callable[[Sequence[float], int], list[list[str]]]
-"""(memory in MiB of each client, round) -> their units."""
+Assign = Callable[[Sequence[float], int, Sequence[tuple[str, ...]]], Sequence[Sequence[str]]]
+"""(memory in MiB of each client, round, gradients that each can take) -> their units."""
 
 
 @dataclass(frozen=True)
 class Crew:
-    """The clients of a round: their nodes, and of each the units and the number of directions a batch."""
+    """The clients of a round: their nodes, and of each the share of the work and the number of directions a batch."""
 
     nodes: list[int]
-    units: list[list[str]]
+    shares: list[Share]
     directions: list[int]
 
 
@@ -41,18 +42,29 @@ def crew(
     least = config.server.min_train_nodes
     while True:
         clients = fleet.sample(nodes, config.server.fraction_train, least, (config.seed, round_), order)
-        units = assign(fleet.memory_mib(clients), round_)
-        directions, enough = _directions(config, method, state, units)
+        hands = assign(fleet.memory_mib(clients), round_, fleet.gradients(clients))
+        shares = [Share.of(hand) for hand in hands]
+        _check(config, shares)
+        directions, enough = _directions(config, method, state, shares)
         if enough or len(clients) == len(nodes):
-            return Crew(clients, units, directions)
+            return Crew(clients, shares, directions)
         least = len(clients) + max(1, len(clients) // 8)
 
 
+def _check(config: RunConfig, shares: Sequence[Share]) -> None:
+    if config.privacy.unit == "example" and any(share.gradient for share in shares):
+        raise SpryError(
+            "privacy.unit='example' counts what a row says by one kind of gradient, and clients were given others: set "
+            'assign to "every-unit", "cyclic" or "by-depth", or privacy.unit="client".'
+        )
+
+
 def _directions(
-    config: RunConfig, method: Method, state: GlobalState, units: Sequence[Sequence[str]]
+    config: RunConfig, method: Method, state: GlobalState, shares: Sequence[Share]
 ) -> tuple[list[int], bool]:
     """Of each client, and whether the target is reached."""
     most, target = config.client.directions, config.noise.target_cosine
-    hands = hands_of(state, method, ((hand, most, 1) for hand in units)) if target else []
+    hands = hands_of(state, method, ((share, most, 1, share.gradient) for share in shares)) if target else []
     needed, reached = fewest_directions(hands, method.directions, target, most)
-    return [max((needed[unit] for unit in hand if unit in needed), default=most) for hand in units], reached
+    found = [max((needed[unit] for unit in share if unit in needed), default=most) for share in shares]
+    return [min(count, share.directions or most) for count, share in zip(found, shares, strict=True)], reached

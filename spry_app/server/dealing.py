@@ -1,13 +1,22 @@
 """The units of each client of a round, by the split that a method has. The splits are in methods.assignment."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 from spry_app.autodiff.directions import Tensors
 from spry_app.config import RunConfig
 from spry_app.errors import SpryError
-from spry_app.methods import Deal, Method
+from spry_app.methods import Deal, Method, Share, StepMemory
 from spry_app.methods.replay import HEAD
 from spry_app.models.units import depths
+from spry_app.protocol import Task
+
+
+def asked_mib(task: Task, method: Method, units: Mapping[str, Sequence[str]], step_mib: StepMemory) -> float:
+    """What the smallest step of a task takes, by `step_mib`. units: of the model."""
+    depth, blocks = depths(units)
+    lowest = min((depth[unit] for unit in task.units), default=blocks)
+    return step_mib(task.gradient or method.gradient.name, lowest)
 
 
 def deal_out(
@@ -17,11 +26,14 @@ def deal_out(
     tensors: Tensors,
     memory_mib: Sequence[float],
     round_: int,
-) -> list[list[str]]:
+    gradients: Sequence[tuple[str, ...]] = (),
+    step_mib: StepMemory | None = None,
+) -> list[Share]:
     """One hand of units a client: the method's split, and the head to everyone where it is shared.
 
     units: unit -> names of its `tensors`. memory_mib: what a training step may take on each client, 0.0 where it has
-    not said. Raises SpryError where a method of the user's own deals out what there is not.
+    not said. gradients: that each can take; none for the method's own alone. step_mib: as Deal. Raises SpryError where
+    a method of the user's own deals out what there is not.
     """
     shared = [HEAD] if config.head == "shared" and HEAD in units else []
     dealt = tuple(unit for unit in units if unit not in shared)
@@ -33,7 +45,10 @@ def deal_out(
         blocks=blocks,
         memory_mib=tuple(memory_mib),
         round=round_,
+        gradient=method.gradient.name,
+        gradients=tuple(gradients),
     )
+    deal = dataclasses.replace(deal, step_mib=step_mib) if step_mib else deal
     hands = method.assign(deal)
     unknown = sorted({unit for hand in hands for unit in hand} - set(dealt))
     if len(hands) != deal.clients or unknown:
@@ -41,4 +56,4 @@ def deal_out(
             f"`assign` of method={config.method!r} made {len(hands)} hands for {deal.clients} clients, with "
             f"unknown units {unknown}; it must make one hand a client, of deal.units."
         )
-    return [[*hand, *shared] for hand in hands]
+    return [Share.of(hand, shared) for hand in hands]

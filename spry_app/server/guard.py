@@ -23,7 +23,8 @@ from spry_app.server.stopping import Stopped
 from spry_app.slope_log import Entry
 
 Accepted = list[tuple[Task, TrainReply]]
-Changes = Sequence[tuple[Tensors, int]]
+Changes = Sequence[tuple[Tensors, float]]
+"""Of each client, or of one of its units: the tensors that it changed, and what that weighs in their mean."""
 
 
 class Guard:

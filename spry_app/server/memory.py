@@ -1,18 +1,45 @@
-"""The peak memory of a client's step beside what backpropagation would take: same rows, same units, same process."""
+"""What client's steps take, measured on the server's model: that of a run beside what backpropagation would take, and
+the smallest step of each gradient on the units from each block up.
+"""
 
 import functools
 from collections.abc import Set
 
+from spry_app.autodiff.budget import SMALLEST
 from spry_app.autodiff.directions import Seed
 from spry_app.autodiff.exact import estimate_with_exact
 from spry_app.autodiff.gradients import GRADIENTS, Gradient
 from spry_app.autodiff.memory import peak_mib
+from spry_app.autodiff.workspace import workspace
 from spry_app.config import RunConfig
-from spry_app.methods import Method
+from spry_app.methods import Method, StepMemory
 from spry_app.methods.replay import exact_names
 from spry_app.models import AdaptedModel
 from spry_app.objectives import batch_of, head_cut
 from spry_app.tasks import Encoded
+
+
+def step_memory(adapted: AdaptedModel, rows: Encoded, config: RunConfig, method: Method) -> StepMemory:
+    """(gradient, lowest block) -> MiB that the smallest step takes above the loaded model on the units from there up.
+
+    One example, the longest of `rows`, and one direction at once, with the smallest temporaries: a node with more makes
+    more of it (client.slicing). Each is measured when it is first asked for, by a step on this machine.
+    """
+    longest = max(range(len(rows)), key=rows.length)
+    depths, seed = adapted.depths(), Seed(run=config.seed, round=0, client=0, step=0)
+
+    @functools.cache
+    def mib(gradient: str, lowest: int) -> float:
+        own = method.taking(gradient)
+        tensors = {name: value for name, value in adapted.tensors().items() if depths[name] >= lowest}
+        exact = exact_names(adapted.units, own, config.head_gradient) & tensors.keys()
+        with workspace(SMALLEST.workspace_bytes):
+            batch = batch_of(adapted, rows, [longest], 1, seed)
+            cut = head_cut(own.gradient, adapted, rows, exact, tensors)
+            step = functools.partial(estimate_with_exact, own.gradient, batch, tensors, exact, seed, 1, 1, cut)
+            return peak_mib(step, adapted.device)
+
+    return mib
 
 
 def step_peaks(adapted: AdaptedModel, rows: Encoded, config: RunConfig, method: Method) -> dict[str, float]:

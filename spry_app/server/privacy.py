@@ -121,7 +121,8 @@ class Central(Accounted):
         return self._secret.order(nodes, "order", round_)
 
     def release(self, clients: int, nodes: Sequence[int], fleet: Fleet) -> Release:
-        alike = len(set(fleet.memory_mib(nodes))) <= 1  # else tasks depend on which clients were drawn
+        said = set(zip(fleet.memory_mib(nodes), fleet.gradients(nodes), strict=True))
+        alike = len(said) <= 1  # else tasks depend on which clients were drawn
         return Release(len(nodes) if alike else clients, clients)
 
     def begin(self, tasks: Mapping[int, Task], nodes: Sequence[int], arrays: ArrayRecord, fleet: Fleet) -> None:

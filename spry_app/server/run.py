@@ -21,7 +21,7 @@ from spry_app.autodiff.memory import MIB
 from spry_app.config import RunConfig
 from spry_app.data import label_counts, label_names, load_corpus
 from spry_app.errors import SpryError
-from spry_app.methods import Layout, Method, get_method
+from spry_app.methods import BY_MEMORY, Layout, Method, get_method
 from spry_app.models import AdaptedModel, load_model, start_from
 from spry_app.models.sources import public_name
 from spry_app.objectives import refuse_too_long, score
@@ -35,7 +35,7 @@ from spry_app.server.card import card
 from spry_app.server.checkpoint import load
 from spry_app.server.ending import reported
 from spry_app.server.frame_file import load_frame, save_frame
-from spry_app.server.memory import step_peaks
+from spry_app.server.memory import step_memory, step_peaks
 from spry_app.server.picture import draw
 from spry_app.server.record import Recorder
 from spry_app.server.roster import versions
@@ -45,6 +45,8 @@ from spry_app.server.telemetry import Telemetry, opened
 from spry_app.tasks import Encoded, encode_rows, get_task
 
 _EVALUATION_BATCH = 32
+_TRIED = 256
+"""Rows among which the longest is looked for, to measure a step."""
 Evaluate = Callable[[int, ArrayRecord], MetricRecord | None]
 
 
@@ -125,6 +127,8 @@ def federate(grid: Grid, config: RunConfig, folder: Path, telemetry: Telemetry |
         frame=frame.tensors if frame else None,
     )
 
+    if method.assign in BY_MEMORY and isinstance(strategy, SpryStrategy):
+        strategy.step_mib = step_memory(adapted, _some_rows(config, adapted) if test is None else test, config, method)
     bottom = None if test is None else frozen(adapted, test, config.client.prefix_cache_mib * MIB)
     if checkpoint:
         checkpoint.check(adapted.tensors())
@@ -212,6 +216,13 @@ def _test_rows(config: RunConfig, adapted: AdaptedModel) -> Encoded | None:
     if rows.lost():
         log(WARNING, "Rows of the test set: %s", rows.lost())
     return rows
+
+
+def _some_rows(config: RunConfig, adapted: AdaptedModel) -> Encoded:
+    """Rows that a step can be tried on, where there is no test set."""
+    rows = load_corpus(config.data).train
+    few = rows.select(range(min(_TRIED, len(rows))))
+    return get_task(config.data).encode(few, adapted.tokenizer, config.data, True)
 
 
 def _score(adapted: AdaptedModel, rows: Encoded, bottom: PrefixCache | None, arrays: ArrayRecord) -> Score:

@@ -13,9 +13,8 @@ from spry_app.autodiff.directions import Tensors
 from spry_app.autodiff.gradients import Gradient
 from spry_app.config import RunConfig
 from spry_app.errors import SpryError
-from spry_app.methods import Method
-from spry_app.methods.global_state import GlobalState, merged
-from spry_app.methods.noise import Hand
+from spry_app.methods import Method, StepMemory
+from spry_app.methods.global_state import GlobalState
 from spry_app.methods.replay import local_steps, seats
 from spry_app.protocol import (
     EVALUATE,
@@ -24,6 +23,7 @@ from spry_app.protocol import (
     Task,
     TrainReply,
     error_reason,
+    lacks_memory,
     refusal_reason,
     size_bytes,
     to_arrays,
@@ -31,13 +31,15 @@ from spry_app.protocol import (
 from spry_app.server.checkpoint import Checkpoint, Progress
 from spry_app.server.checks import Asked, most_examples, most_forwards, problem
 from spry_app.server.clipping import clipped
+from spry_app.server.combining import Combiner
 from spry_app.server.crew import crew
-from spry_app.server.dealing import deal_out
+from spry_app.server.dealing import asked_mib, deal_out
 from spry_app.server.downlink import DOWNLINKS
 from spry_app.server.evaluation import is_due, scoring_tasks, summed
 from spry_app.server.fleet import Fleet
+from spry_app.server.guard import Accepted
 from spry_app.server.letters import Letters
-from spry_app.server.noise import hands_of, noise_of, too_noisy
+from spry_app.server.noise import too_noisy
 from spry_app.server.privacy import GUARDS
 from spry_app.server.record import Recorder
 from spry_app.slope_log import Entry
@@ -74,12 +76,15 @@ class SpryStrategy(Strategy):
         self.state = GlobalState(tensors, units, method, config)
         self.downlink = DOWNLINKS[method.send](self.state)
         self.guard = GUARDS[config.privacy.mode, config.privacy.unit](config, method, self.state, units, recorder)
+        self.combiner = Combiner(config, method, self.state, units, self.guard)
         if method.reply == "slopes" and self.guard.logs_slopes:
             recorder.log_slopes(units, fingerprint, self.state.digest())
         self.update: Tensors = {}
         """How the last round with a usable reply changed the tensors."""
         self.tasks: dict[int, Task] = {}
         self.letters = Letters()
+        self.step_mib: StepMemory | None = None
+        """What a step takes, for an assignment by memory (run.py); None where every step fits."""
         self.barren_rounds = 0
         self.rounds_before = 0
         """Those of the run that is resumed; Flower counts from 1 again."""
@@ -91,13 +96,15 @@ class SpryStrategy(Strategy):
     def checkpoint(self) -> Checkpoint:
         """Everything that the next round depends on."""
         progress = Progress(self.recorder.current.round, self.state.round, self.barren_rounds)
-        return Checkpoint(progress, self.snapshot(), self.state.optimizer.moments, self.update)
+        kept = self.combiner.weighting.kept
+        return Checkpoint(progress, self.snapshot(), self.state.optimizer.moments, self.update, kept)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on after its round. Clients are then new to the downlink, which sends them every tensor at first."""
         progress = checkpoint.progress
         self.state.load(progress.state_round, checkpoint.tensors, checkpoint.moments)
         self.update, self.barren_rounds, self.rounds_before = checkpoint.update, progress.barren_rounds, progress.round
+        self.combiner.weighting.load(checkpoint.weighting)
         self.downlink = DOWNLINKS[self.method.send](self.state)
 
     def configure_train(
@@ -109,7 +116,8 @@ class SpryStrategy(Strategy):
         nodes = self.fleet.available(grid)
         order = self.guard.order(server_round, len(nodes))
         clients = crew(self.config, self.method, self.state, self.fleet, nodes, self.assign, server_round, order)
-        seats_of = seats(self.method, clients.directions, [self.perturbed(units) for units in clients.units])
+        perturbed = [self.perturbed(share, share.gradient) for share in clients.shares]
+        seats_of = seats(self.method, clients.directions, perturbed)
         due = self.config.evaluates(server_round)
         tensors = self.snapshot()
         self.tasks = {
@@ -117,16 +125,17 @@ class SpryStrategy(Strategy):
                 round=server_round,
                 client=index,
                 tensors=tensors,
-                units=tuple(units),
+                units=tuple(share),
                 fingerprint=self.fingerprint,
                 number=seat.number,
                 sharing=seat.sharing,
                 directions=seat.directions,
+                gradient=share.gradient,
                 evaluate=due and not self.config.privacy.mode,
                 measure=due and index == server_round % len(seats_of),
-                update=self.update_for(units),
+                update=self.update_for(share, share.gradient),
             )
-            for index, (node, units, seat) in enumerate(zip(clients.nodes, clients.units, seats_of, strict=True))
+            for index, (node, share, seat) in enumerate(zip(clients.nodes, clients.shares, seats_of, strict=True))
         }
         self.recorder.asked(self.tasks, self.units, self.fleet.introductions)
         self.guard.begin(self.tasks, nodes, arrays, self.fleet)
@@ -144,24 +153,26 @@ class SpryStrategy(Strategy):
         self.letters = Letters(messages)
         return messages
 
-    def perturbed(self, units: Iterable[str]) -> dict[str, int]:
+    def perturbed(self, units: Iterable[str], gradient: str = "") -> dict[str, int]:
         """The tensors that slopes of these units are for, and how many numbers each has."""
-        names = (name for unit in units for name in self.units[unit] if name not in self.state.exact)
-        return {name: self.state.optimizer.tensors[name].numel() for name in names}
+        return self.state.perturbed(units, gradient)
 
-    def update_for(self, units: Iterable[str]) -> Tensors:
+    def update_for(self, units: Iterable[str], gradient: str = "") -> Tensors:
         """What the method needs of the last update to choose directions for these units; nothing in the first round."""
-        if not (self.method.pick.needs_update and self.update):
+        if not (self.method.taking(gradient).pick.needs_update and self.update):
             return {}
-        return {name: self.update[name] for name in self.perturbed(units)}
+        return {name: self.update[name] for name in self.perturbed(units, gradient)}
 
-    def assign(self, memory_mib: Sequence[float], round_: int) -> list[list[str]]:
-        """The units of each client.
+    def assign(
+        self, memory_mib: Sequence[float], round_: int, gradients: Sequence[tuple[str, ...]] = ()
+    ) -> Sequence[Sequence[str]]:
+        """The units of each client, or its Share.
 
-        memory_mib: what a training step may take on each client, 0.0 where it has not said. Raises SpryError where a
-        method of the user's own deals out what there is not.
+        memory_mib: what a training step may take on each client, 0.0 where it has not said. gradients: that it can
+        take. Raises SpryError where a method of the user's own deals out what there is not.
         """
-        return deal_out(self.config, self.method, self.units, self.state.optimizer.tensors, memory_mib, round_)
+        tensors = self.state.optimizer.tensors
+        return deal_out(self.config, self.method, self.units, tensors, memory_mib, round_, gradients, self.step_mib)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -179,7 +190,8 @@ class SpryStrategy(Strategy):
             return None, None
         before, accepted = self.snapshot(), self.guard.replies(accepted)
         entry = self.entry(accepted)
-        self.state.step(server_round, self.pseudo_gradient(accepted), self.hands(accepted))
+        self.state.step(server_round, self.pseudo_gradient(accepted), self.combiner.hands(accepted))
+        self.combiner.learn(accepted)
         after = self.snapshot()
         self.update = {name: value - before[name] for name, value in after.items()}
         self.downlink.append(entry)
@@ -188,48 +200,32 @@ class SpryStrategy(Strategy):
             self.recorder.slopes(entry, self.state.digest(), exact)
         return to_arrays(after), MetricRecord({"train-loss": now.train_loss or 0.0})
 
-    def pseudo_gradient(self, accepted: list[tuple[Task, TrainReply]]) -> Tensors:
-        """Per tensor, the mean of the clients' changes over those that trained it, weighted by examples.
+    def pseudo_gradient(self, accepted: Accepted) -> Tensors:
+        """Per tensor, the mean of the clients' changes over those that trained it, weighted as `server.weighting` says.
 
         A Strategy that makes it otherwise needs send="weights": clients that follow the slope log would not know.
         """
-        as_they_are = [(self.change(task, reply), reply.examples) for task, reply in accepted]
-        rebuilt = list(self.state.changes(self.entry(accepted)))
-        changes, hands = [*as_they_are, *rebuilt], self.hands(accepted)
-        self.recorder.current.noise = noise_of(self.state, self.method, self.units, changes, hands)
-        return self.guard.mean(accepted, as_they_are, rebuilt)
+        mean, self.recorder.current.noise = self.combiner.mean(accepted)
+        return mean
 
-    def hands(self, accepted: list[tuple[Task, TrainReply]]) -> list[Hand]:
-        """What these clients perturbed, as their log tells it where there is one."""
-        if self.method.reply == "slopes":
-            return self.state.hands(self.entry(accepted))
-        return hands_of(self.state, self.method, ((t.units, t.directions, reply.examples) for t, reply in accepted))
-
-    def entry(self, accepted: list[tuple[Task, TrainReply]]) -> Entry:
+    def entry(self, accepted: Accepted) -> Entry:
         """What was measured in the round of these tasks; nothing where no scalars came."""
-        measured = [
-            self.state.measured(task.number, task.sharing, task.units, reply.examples, reply.slopes)
-            for task, reply in accepted
-            if reply.slopes
-        ]
-        (task, _), *_ = accepted
-        return self.guard.released(Entry(task.round, merged(measured)))
+        return self.combiner.entry(accepted)
 
     def change(self, task: Task, reply: TrainReply) -> Tensors:
         """What one client asks for by tensors: its gradient, or (value sent - value after its training)."""
-        if self.method.reply == "gradient":
-            return reply.tensors
-        return {name: task.tensors[name] - value for name, value in reply.tensors.items()}
+        return self.combiner.change(task, reply)
 
     def gradient(self, task: Task) -> Gradient:
-        """The client's way to a gradient: the method's, along the directions picked for this task."""
-        return self.method.pick.gradient(self.method.gradient, task.update, self.config.client)
+        """The client's way to a gradient, along the directions picked for this task."""
+        own = self.method.taking(task.gradient)
+        return own.pick.gradient(own.gradient, task.update, self.config.client)
 
     def asked(self, task: Task) -> Tensors:
         """The tensors that the task's units consist of."""
         return {name: task.tensors[name] for unit in task.units for name in self.units[unit]}
 
-    def _accept(self, replies: Iterable[Message]) -> list[tuple[Task, TrainReply]]:
+    def _accept(self, replies: Iterable[Message]) -> Accepted:
         """Replies that can be averaged, in the order of the clients (arrival order differs from run to run)."""
         accepted: dict[int, tuple[Task, TrainReply]] = {}
         for message in replies:
@@ -276,6 +272,8 @@ class SpryStrategy(Strategy):
         if reason:
             self.downlink.lost(node)
             self.fleet.lost(node)
+            if lacks_memory(message) and node in self.tasks and self.step_mib:
+                self.fleet.limit(node, asked_mib(self.tasks[node], self.method, self.units, self.step_mib) / 2)
             raise MalformedReply(reason)
         self.downlink.followed(node)
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from spry_app.errors import SpryError
+from spry_app.errors import OutOfMemory, SpryError
 from spry_app.worker.place import Place
 from spry_app.worker.wire import PATIENCE_S, Bodies, Header, WireError, WrongKey, enter, receive, send
 
@@ -85,7 +85,7 @@ def _answer(place: Place, worker: socket.socket, pid: int) -> tuple[Header, Bodi
     try:
         return receive(worker)
     except WireError as error:
-        raise SpryError(
+        raise OutOfMemory(
             f"The worker of this node (process {pid}) ended in the middle of this message; the next one starts "
             "another, with smaller steps where this one trained. Where the system was out of memory, lower "
             f"client.memory-budget-mib, or the node config's memory-budget-mib. Its log: {place.log}"
