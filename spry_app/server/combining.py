@@ -5,7 +5,6 @@ Which replies are fit is decided before (checks.py), what the server does with t
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 
@@ -165,14 +164,16 @@ class Combiner:
         clients = ((task.units, task.directions, reply.examples, task.gradient) for task, reply in accepted)
         return hands_of(self._state, self._method, clients)
 
-    def mean(self, accepted: Accepted) -> tuple[Tensors, dict[str, Any] | None]:
-        """Per tensor, the mean of the clients' changes over those that trained it; and how much of it is noise."""
+    def mean(self, accepted: Accepted) -> Tensors:
+        """Per tensor, the mean of the clients' changes over those that trained it. How much of it is noise is recorded,
+        unless the guard, which comes after, takes that back.
+        """
         as_they_are = self._changes(accepted)
         rebuilt = list(self._state.changes(self.entry(accepted)))
         hands = self._as_asked(accepted) if self._method.reply != "slopes" else []
         weigh = self.weighting.weigh(hands) if hands else None
         exact = [client for client, hand in enumerate(hands) if not hand.dimensions]
-        noise = noise_of(
+        self._guard.recorder.current.noise = noise_of(
             self._state,
             self._method,
             self._units,
@@ -183,7 +184,7 @@ class Combiner:
         )
         if weigh:
             as_they_are = list(self._by_unit(accepted, as_they_are, weigh))
-        return self._guard.mean(accepted, as_they_are, rebuilt), noise
+        return self._guard.mean(accepted, as_they_are, rebuilt)
 
     def learn(self, accepted: Accepted) -> None:
         """What the weights of later rounds follow from, once the round has its mean."""

@@ -205,8 +205,7 @@ class SpryStrategy(Strategy):
 
         A Strategy that makes it otherwise needs send="weights": clients that follow the slope log would not know.
         """
-        mean, self.recorder.current.noise = self.combiner.mean(accepted)
-        return mean
+        return self.combiner.mean(accepted)
 
     def entry(self, accepted: Accepted) -> Entry:
         """What was measured in the round of these tasks; nothing where no scalars came."""
