@@ -9,7 +9,7 @@ import torch
 from accelerate import init_empty_weights  # comes with PEFT
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.quantizers import AutoHfQuantizer
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from spry_app.config import AdapterConfig, ModelConfig
 from spry_app.models import checkpoint
@@ -52,7 +52,7 @@ def skeleton(
         with init_empty_weights():
             base: PreTrainedModel = task.auto_model.from_config(settings, dtype=checkpoint.DTYPES[model.dtype])
         head = checkpoint.head_of(base, task)
-    base.eval().requires_grad_(False)
+    base.eval().requires_grad_(False)  # type: ignore[no-untyped-call]
     if quantizer is not None:
         _quantise(base, head, quantizer, device)
     fill(base, device)
