@@ -64,7 +64,13 @@ def wide(folder: Path, family: str) -> str:
     for key, value in WIDER.items():
         if hasattr(settings, key):
             setattr(settings, key, value)
-    for key, value in {"head_dim": 16, "ffn_dim": 256, "word_embed_proj_dim": 64, "hidden_dim": 256}.items():
+    for key, value in {
+        "head_dim": 16,
+        "ffn_dim": 256,
+        "word_embed_proj_dim": 64,
+        "hidden_dim": 256,
+        "pooler_hidden_size": 64,
+    }.items():
         if getattr(settings, key, None) is not None:
             setattr(settings, key, value)
     AutoModelForSequenceClassification.from_config(settings).save_pretrained(name)
