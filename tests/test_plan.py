@@ -64,7 +64,13 @@ def wide(folder: Path, family: str) -> str:
     for key, value in WIDER.items():
         if hasattr(settings, key):
             setattr(settings, key, value)
-    for key, value in {"head_dim": 16, "ffn_dim": 256, "word_embed_proj_dim": 64, "hidden_dim": 256}.items():
+    for key, value in {
+        "head_dim": 16,
+        "ffn_dim": 256,
+        "word_embed_proj_dim": 64,
+        "hidden_dim": 256,
+        "pooler_hidden_size": 64,
+    }.items():
         if getattr(settings, key, None) is not None:
             setattr(settings, key, value)
     AutoModelForSequenceClassification.from_config(settings).save_pretrained(name)
@@ -228,8 +234,9 @@ def _status(field: str) -> int:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_process_grows_by_what_was_predicted(tmp_path: Path) -> None:
     """Backprop on four blocks of width 512: tens of MiB, so that a tenth is more than what libraries keep."""
+    shape = {"hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 2048}
     BertForSequenceClassification(
-        BertConfig(512, 512, 4, 8, 2048, max_position_embeddings=128, num_labels=3)
+        BertConfig(vocab_size=512, max_position_embeddings=128, num_labels=3, **shape)
     ).save_pretrained(tmp_path)
     for file in Path(write_checkpoint(tmp_path / "other", "bert")).glob("tokenizer*"):
         shutil.copy(file, tmp_path)
