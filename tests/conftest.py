@@ -11,10 +11,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imp
 import datasets
 import pytest
 import torch
+from hypothesis import settings
 from rows import ROWS, write
 from tiny_checkpoints import write_checkpoint
 
 from benchmarks.local_grid import identify
+
+settings.register_profile("spry", deadline=None)  # a busy machine is no fault
+settings.load_profile("spry")
 
 SHARED_DATA = Path(__file__).parent.parent.parent / "shared" / "data"
 

@@ -82,10 +82,14 @@ def return_freed_memory() -> None:
         trim(0)
 
 
+_WITHOUT_MEMORY = ("can't allocate memory", "Cannot allocate memory", "could not create a primitive")
+"""The last is what oneDNN says where its own buffers cannot be had."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether Python, or PyTorch's allocator of any device, had no more to give; on the CPU that is a RuntimeError."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
-        sentence in str(error) for sentence in ("can't allocate memory", "Cannot allocate memory")
+        sentence in str(error) for sentence in _WITHOUT_MEMORY
     )
 
 
