@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     found = parser(QUESTION)
     found.set_defaults(alpha="iid", search_part=2)
     found.add_argument("--sweep", choices=list(TABLES), default="", help="d: numbers trained; K: directions")
-    found.add_argument("--upper", type=int, default=0, choices=range(1, BLOCKS), help="of the blocks alone; 0: all")
+    found.add_argument("--upper", type=int, default=0, choices=range(1, BLOCKS + 1), help="of the blocks alone; 0: all")
     found.add_argument("--rows", default="", help="names, separated by commas; empty: all")
     return found
 
