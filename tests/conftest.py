@@ -116,3 +116,10 @@ def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FLWR_HOME", str(tmp_path_factory.mktemp("home")))
         yield
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where rows and tokens of this test are kept."""
+    monkeypatch.setenv("SPRY_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "rows"

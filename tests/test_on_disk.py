@@ -5,13 +5,10 @@ import os
 import stat
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow as pa
 import pytest
 from federation import Federation, make_rows, same, tiny_run
 from questions import some_questions, word_tokenizer
@@ -29,12 +26,6 @@ from spry_app.tasks.conversation import give_template
 
 ROOT = Path(__file__).parent.parent
 SQUAD = {"task": "question-answering", "max_length": 24, "stride": 5}
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("SPRY_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "rows"
 
 
 @pytest.fixture
@@ -206,107 +197,6 @@ def test_a_second_start_reads_tokens_and_whatever_changes_makes_others(
     monkeypatch.setattr("spry_app.tasks.on_disk._LIBRARIES", ("numpy",))
     assert start() == ["made."]
     assert start(cache_mib=0) == ["made."] and start() == ["read from the cache."]
-
-
-def table_of(rows: int) -> store.Make:
-    def make(facts: store.Facts) -> Iterator[pa.Table]:
-        facts["rows"] = rows
-        for start in range(0, rows, 10):
-            yield pa.table({"x": list(range(start, start + 10))})
-
-    return make
-
-
-@pytest.mark.parametrize(
-    "harm",
-    [
-        lambda entry: (entry / "table.arrow").write_bytes((entry / "table.arrow").read_bytes()[:-40]),
-        lambda entry: (entry / "table.arrow").write_bytes(
-            (entry / "table.arrow").read_bytes().replace(b"\x09\0\0\0\0\0\0\0", b"\x08\0\0\0\0\0\0\0")
-        ),
-        lambda entry: (entry / "table.arrow").unlink(),
-        lambda entry: (entry / "facts.json").unlink(),
-        lambda entry: (entry / "facts.json").write_text('{"sha256"'),
-        lambda entry: (entry / "facts.json").write_text("[]"),
-    ],
-    ids=["cut", "another number", "no table", "no facts", "half of the facts", "other facts"],
-)
-def test_a_damaged_entry_is_made_again(harm: Any, cache: Path) -> None:
-    whole = list(range(100))
-    first = store.stored("x-1", table_of(100), 10)
-    assert not first.again and store.stored("x-1", table_of(100), 10).again
-    harm(cache / "x-1")
-    mended = store.stored("x-1", table_of(100), 10)
-    assert not mended.again and mended.table["x"].to_pylist() == whole and mended.facts == {"rows": 100}
-    assert store.stored("x-1", table_of(100), 10).again
-
-
-def test_an_entry_that_could_not_be_finished_is_not_there(cache: Path) -> None:
-    def make(_facts: store.Facts) -> Any:
-        yield pa.table({"x": [1]})
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        store.stored("x-1", make, 10)
-    assert [path.name for path in cache.iterdir()] == ["x-1.lock"]
-    assert store.stored("x-1", table_of(10), 10).table["x"].to_pylist() == list(range(10))
-
-
-_SLOWLY = """
-import sys, time
-import pyarrow as pa
-from spry_app.stored import stored
-
-def make(facts):
-    for start in range(0, 50, 10):
-        time.sleep(0.1)
-        yield pa.table({"x": list(range(start, start + 10))})
-
-sys.stdin.readline()
-found = stored(sys.argv[1], make, int(sys.argv[2]))
-print(found.again, found.table["x"].to_pylist() == list(range(50)))
-"""
-
-
-def test_of_processes_that_want_the_same_entry_one_makes_it(cache: Path) -> None:
-    command = [sys.executable, "-c", _SLOWLY, "x-1", "10"]
-    processes = [
-        subprocess.Popen(command, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(3)
-    ]
-    for process in processes:
-        assert process.stdin
-        process.stdin.write("\n")
-        process.stdin.flush()
-    found = [process.communicate(timeout=300)[0].split() for process in processes]
-    assert sorted(found) == [["False", "True"], ["True", "True"], ["True", "True"]]
-
-
-def test_without_a_cache_nothing_is_left(cache: Path) -> None:
-    command = [sys.executable, "-c", _SLOWLY, "x-1", "0"]
-    done = subprocess.run(command, cwd=ROOT, input="\n", capture_output=True, text=True, timeout=300)
-    assert done.stdout.split() == ["False", "True"], done.stderr
-    assert cache.is_dir() and not list(cache.iterdir())
-
-
-def test_past_its_size_the_cache_loses_what_was_used_longest_ago(cache: Path) -> None:
-    def big_table(_facts: store.Facts) -> Any:
-        yield pa.table({"x": [os.urandom(400_000)]})
-
-    now = time.time()
-    for name, age in (("x-old", 4000), ("x-older", 9000), ("x-used", 8000), ("x-young", 5)):
-        store.stored(name, big_table, 10)
-        for path in (cache / name, *(cache / name).iterdir()):
-            os.utime(path, (now - age, now - age))
-    assert store.stored("x-used", big_table, 10).again  # which counts as use
-    held = store.stored("x-older", big_table, 10)
-    for path in (cache / "x-older", *(cache / "x-older").iterdir()):
-        os.utime(path, (now - 9000, now - 9000))
-    left = cache / "new-abandoned"
-    left.mkdir()
-    os.utime(left, (now - 90_000, now - 90_000))
-    store.stored("x-new", big_table, 1)
-    assert {path.name for path in cache.iterdir() if path.is_dir()} == {"x-new", "x-used", "x-young"}
-    assert len(held.table["x"][0].as_py()) == 400_000  # who has it open keeps it
 
 
 def test_nobody_else_may_look_into_the_cache_and_nothing_of_it_is_in_the_project(tmp_path: Path, large: Path) -> None:
