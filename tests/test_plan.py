@@ -180,6 +180,9 @@ def test_an_exact_gradient_is_worth_as_many_passes_as_slopes_need_for_its_progre
     exact = row("backprop", forwards=1000.0)
     assert advise([slopes, exact], 100.0).row == 1
     assert advise([slopes, dataclasses.replace(exact, forwards=1020.0)], 100.0).row == 0
+    together = dataclasses.replace(slopes, holders=10)  # 80 directions for 799 numbers: 11 times, not 101
+    assert advise([together, dataclasses.replace(exact, forwards=120.0)], 100.0).row == 0
+    assert advise([together, dataclasses.replace(exact, forwards=100.0)], 100.0).row == 1
     alone = advise([slopes, dataclasses.replace(exact, fits=False, least_mib=200.0)], 100.0)
     assert alone.row == 0 and "no backpropagation fits (the least takes 200 MiB)" in alone.reason
     assert advise([dataclasses.replace(slopes, fits=False)], 1.0).row is None

@@ -16,11 +16,13 @@ class Advice:
 
 
 def passes_for_an_exact_step(row: Row) -> float:
-    """Forward passes for as much progress as one step along the exact gradient makes.
+    """Forward passes of a client for as much progress as one step along the exact gradient makes.
 
-    A step along an estimate with expected cosine c makes c^2 as much: 1 / c^2 = 1 + E|error|^2 / |gradient|^2.
+    A step along a mean with expected cosine c makes c^2 as much: 1 / c^2 = 1 + E|error|^2 / |gradient|^2, with the
+    directions of all clients that hold the same units.
     """
-    noise = RELATIVE_NOISE[row.directions_kind](row.perturbed, row.directions) if row.perturbed else 0.0
+    measured = row.directions * row.holders
+    noise = RELATIVE_NOISE[row.directions_kind](row.perturbed, measured) if row.perturbed else 0.0
     return row.forwards * (1 + noise)
 
 
@@ -45,8 +47,8 @@ def _reason(best: Row, rivals: Sequence[Row], limit_mib: float) -> str:
         times = passes_for_an_exact_step(rival) / best.forwards
         return (
             f"{found} For as much progress {rival.gradient} with K={rival.directions} along {rival.perturbed:,} "
-            f"numbers takes about {times:,.0f} times as many, and sends {_mib(rival.up_bytes)} a round, this "
-            f"{_mib(best.up_bytes)}."
+            f"numbers, on {rival.holders} clients at once, takes about {times:,.0f} times as many; it sends "
+            f"{_mib(rival.up_bytes)} a round, this {_mib(best.up_bytes)}."
         )
     exact = [row for row in rivals if not row.perturbed]
     least = min((row.least_mib for row in exact), default=0.0)

@@ -135,6 +135,7 @@ def _row(desk: _Desk, way: Way, limits: bool) -> Row:
         directions=client.directions if perturbed else 0,
         directions_kind=way.method.directions,
         perturbed=perturbed,
+        holders=max(1, desk.clients * len(way.units) // len(predictor.adapted.units)),
         most_examples=_most_examples(desk, way, slices) if limits and fits else 0,
         most_tokens=_most_tokens(desk, way, slices) if limits and fits else 0,
     )

@@ -13,7 +13,8 @@ class Row:
     examples_at_once, directions_at_once, workspace_kib: its slices (autodiff.budget). *_mib: of the device, adding up
     to total_mib; least_mib: with the smallest slices. forwards: a step, in passes of one example. seconds: of a step,
     None where the speed of the device is not known. steps: a round. *_bytes: a round and client. directions, perturbed:
-    K, and the numbers that slopes are for; both 0 where the gradient is exact. most_examples, most_tokens: that fit at
+    K, and the numbers that slopes are for; both 0 where the gradient is exact. holders: clients of a round with
+    the same units, whose estimates are averaged. most_examples, most_tokens: that fit at
     once (at this length), and in one example; 0 where it was not asked. error: why it is not possible at all.
     """
 
@@ -41,5 +42,6 @@ class Row:
     directions: int = 0
     directions_kind: str = "gaussian"
     perturbed: int = 0
+    holders: int = 1
     most_examples: int = 0
     most_tokens: int = 0
