@@ -115,6 +115,6 @@ def test_what_is_kept_below_the_lowest_unit_is_paid_once(
     keys |= {"client.batch-size": 24, "client.local-steps": steps}
     federation = Federation(tmp_path, run_config | keys)
     upper = [unit for unit in federation.strategy.units if ".layer.1." in unit]
-    federation.strategy.assign = lambda memory, round_: [upper] * CLIENTS  # type: ignore[method-assign]
+    federation.strategy.assign = lambda *_: [upper] * CLIENTS  # type: ignore[method-assign]
     federation.start(CLIENTS, rounds=1)
     assert federation.recorder.rounds[-1].forwards == pytest.approx(CLIENTS * 24 * an_example)
