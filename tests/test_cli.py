@@ -57,6 +57,19 @@ def test_settings_come_from_a_file_as_from_a_line(tmp_path: Path) -> None:
     assert from_line["data.text-field"] == "a b"
 
 
+def test_of_several_files_and_lines_every_key_counts_and_the_last_wins(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('seed = 3\n[data]\npartition = "iid"\nalpha = 0.5\n')
+    found = run_config(Simulation(ROOT, 10, [str(path), "data.max-length=9 data.alpha=2.0", 'data.text-field="x"']))
+    assert {key: found[key] for key in found if key.startswith("data.")} == {
+        "data.partition": "iid",
+        "data.alpha": 2.0,
+        "data.max-length": 9,
+        "data.text-field": "x",
+    }
+    assert found["seed"] == 3
+
+
 def test_a_run_is_resumed_with_its_own_settings_and_devices(tmp_path: Path) -> None:
     keep_launch(Simulation(ROOT, 7), tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(RunConfig.from_flower({"seed": 3}).flat()))

@@ -130,11 +130,13 @@ def federation_config(simulation: Simulation) -> dict[str, Scalar]:
 
 
 def _parse(option: str, given: Sequence[str]) -> dict[str, Scalar]:
-    """As Flower does, except that Flower drops what it cannot read, such as a key without its value."""
+    """As Flower reads each; later ones win. Given several at once it drops keys (of `data.` all but the last one's), and
+    what it cannot read, such as a key without its value.
+    """
     if unread := " ".join(_SETTING.sub("", text).strip() for text in given if not text.endswith(".toml")).strip():
         raise SpryError(f"{option} {' '.join(given)!r}: cannot read {unread!r}. Write 'key=value key2=\"some text\"'.")
     try:
-        return parse_config_args(list(given))
+        return {key: value for text in given for key, value in parse_config_args([text]).items()}
     except click.ClickException as error:
         raise SpryError(f"{option} {' '.join(given)!r}: {error.format_message()}") from None
     except (OSError, ValueError) as error:
