@@ -130,8 +130,8 @@ def federation_config(simulation: Simulation) -> dict[str, Scalar]:
 
 
 def _parse(option: str, given: Sequence[str]) -> dict[str, Scalar]:
-    """As Flower reads each; later ones win. Given several at once it drops keys (of `data.` all but the last one's), and
-    what it cannot read, such as a key without its value.
+    """As Flower reads each; later ones win. Of several at once it drops keys (of `data.` all but the last one's), as it
+    drops what it cannot read, such as a key without its value.
     """
     if unread := " ".join(_SETTING.sub("", text).strip() for text in given if not text.endswith(".toml")).strip():
         raise SpryError(f"{option} {' '.join(given)!r}: cannot read {unread!r}. Write 'key=value key2=\"some text\"'.")
