@@ -19,6 +19,7 @@ from spry_app.config import RunConfig
 from spry_app.data import batches
 from spry_app.methods import Method
 from spry_app.methods.replay import exact_names, local_optimizer, local_steps
+from spry_app.methods.schedule import client_pace
 from spry_app.prefix import PrefixCache, may_start_at
 from spry_app.protocol import Score, Task, TrainReply
 
@@ -29,7 +30,8 @@ def train(node: Node, task: Task, method: Method, config: RunConfig, slices: Sli
     node.adapted.load_tensors(task.tensors)
     own = {name: task.tensors[name] for unit in task.units for name in node.adapted.units[unit]}
     exact = exact_names(node.adapted.units, method, config.head_gradient) & own.keys()
-    local, peak = LocalTraining(local_optimizer(own, node.adapted.units, config.client), method), 0.0
+    optimizer = local_optimizer(own, node.adapted.units, config.client, client_pace(config, method, task.round))
+    local, peak = LocalTraining(optimizer, method), 0.0
     first = Seed(config.seed, task.round, task.number, step=0, sharing=task.sharing)
     with prefix_of(node, own, config) as prefix:
         before = prefix.forwards if prefix else 0.0

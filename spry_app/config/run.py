@@ -66,6 +66,10 @@ class RunConfig(Section):
     from one forward pass more), or perturbed like every other unit, as SPRY was published."""
     num_server_rounds: Count = 40
     """A round: the server asks clients, they train, it takes a step."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What becomes of step sizes over the rounds: they stay, or fall to 0 at `num-server-rounds`. The server's, of head
+    and rest; the clients' where the server takes the mean as it is ("average"). The last steps then add little noise of
+    their own, and take out that of earlier ones."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Everything random of a run follows from it: shards, batches, directions, who takes part."""
     output_dir: str = Field("outputs", min_length=1)
@@ -75,7 +79,8 @@ class RunConfig(Section):
     each machine (HF_HOME), or the run fails and says which is not. HF_HUB_OFFLINE=1 says the same of one machine."""
     resume: str = ""
     """Folder of a run that ended early or is to have more rounds (`num-server-rounds`): it goes on after its last
-    round, with the same result as if it had never stopped. Only rounds, limits and timeouts may differ from it."""
+    round, with the same result as if it had never stopped. Only limits, timeouts and, while `schedule` is
+    "constant", the number of rounds may differ from it."""
     model: ModelConfig = ModelConfig()
     adapter: AdapterConfig = AdapterConfig()
     data: DataConfig = DataConfig()

@@ -30,7 +30,9 @@ CHANGEABLE = (
     "offline",
     "data.cache-mib",
 )
-"""Keys, or beginnings of keys, that need not be those of the run that is resumed."""
+"""Keys, or beginnings of keys, that need not be those of the run that is resumed; the first one must where step sizes
+follow from it.
+"""
 
 
 GROUPS = ("tensors", "moments", "update", "weighting")
@@ -113,14 +115,14 @@ def _check(folder: Path, config: RunConfig) -> None:
         before: Mapping[str, Any] = dict(json.loads((folder / "config.json").read_text()))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise SpryError(f"resume={str(folder)!r} is not the folder of a run ({error}).") from None
-    now = config.flat()
+    now, changeable = config.flat(), CHANGEABLE if config.schedule == "constant" else CHANGEABLE[1:]
     changed = [
         f"{key}={now.get(key)!r} (it was {before.get(key)!r})"
         for key in sorted(now.keys() | before.keys())
-        if now.get(key) != before.get(key) and not key.startswith(CHANGEABLE)
+        if now.get(key) != before.get(key) and not key.startswith(changeable)
     ]
     if changed:
         raise SpryError(
             f"{folder} cannot be resumed with {', '.join(changed)}: the result would be that of neither run. Only "
-            f"{', '.join(CHANGEABLE[:4])}* may change."
+            f"{', '.join(changeable[: changeable.index('stop.') + 1])}* may change."
         )
