@@ -114,6 +114,7 @@ def test_any_numbers_are_a_slope_log_or_a_value_error(counts: list, slopes: list
         ([True, 0], []),
         ([2**64, 0], []),
         ([1, 1, 0, 0, 1, 1, 1, 0], [math.nan]),
+        ([1, 1, 0, 0, 1, 1, 1, 0], [-1e161]),  # infinite in single precision
         ([1, 1, 0, 0, 1, 1, 1, 0], ["1.0"]),
     ],
 )

@@ -18,7 +18,7 @@ from spry_app.config import RunConfig
 from spry_app.errors import SpryError
 from spry_app.methods import METHODS, Method, get_method
 from spry_app.methods.global_state import GlobalState
-from spry_app.slope_log import Entry, Measured, SlopeLog, exact_path, pack, read, unpack
+from spry_app.slope_log import LARGEST, Entry, Measured, SlopeLog, exact_path, pack, read, unpack
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def run_config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 counts = st.integers(0, 2**40)
-real = st.floats(allow_nan=False, allow_infinity=False)
+real = st.floats(-LARGEST, LARGEST)
 
 
 @st.composite

@@ -17,12 +17,11 @@ from flwr.common.serde import recorddict_to_proto
 from google.protobuf.message import EncodeError
 
 from spry_app.errors import SpryError
+from spry_app.slope_log import LARGEST
 
 Tensors = dict[str, torch.Tensor]
 T = TypeVar("T")
 
-LARGEST = 1e12
-"""Of a number in a message, either way: squares of what is made of such, and sums over all clients, still fit fp32."""
 MOST_SAID = 1000
 _HEADER = re.compile(
     rb"\x93NUMPY\x01\x00(..)\{'descr': '([<|]..)', 'fortran_order': False, 'shape': \(([\d, ]{0,200})\), \} *\n",
