@@ -6,7 +6,6 @@ from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights  # comes with PEFT
-from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,9 +18,10 @@ from benchmarks.packed import pack
 from spry_app.config import AdapterConfig, ModelConfig
 from spry_app.models import AdaptedModel, load_model
 from spry_app.models.adapter import attach
-from spry_app.models.blocks import install
+from spry_app.models.loading import ready
 from spry_app.models.randomness import seeded
-from spry_app.models.units import group
+from spry_app.models.skeleton import fill, weights_bytes
+from spry_app.models.subspace import Subspace
 
 LABELS = 2
 _LLAMA = {"model_type": "llama", "vocab_size": 32000, "max_position_embeddings": 4096}
@@ -101,9 +101,7 @@ def build(name: str, device: str, dtype: str, bits: int, layers: int, task: str)
         adapted = load_model(model, AdapterConfig(), LABELS, seed=0)
     else:
         adapted = _random(name, torch.device(device), DTYPES[dtype], bits, layers, task)
-    tensors = [*adapted.model.parameters(), *adapted.model.buffers(), *_states(adapted.model)]
-    sizes = {id(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}
-    return Built(adapted, sum(sizes.values()) / 2**20, not real)
+    return Built(adapted, weights_bytes(adapted.model) / 2**20, not real)
 
 
 def _random(name: str, device: torch.device, dtype: torch.dtype, bits: int, layers: int, task: str) -> AdaptedModel:
@@ -115,7 +113,7 @@ def _random(name: str, device: torch.device, dtype: torch.dtype, bits: int, laye
     head = tuple(child for child, module in model.named_children() if module is not model.base_model)
     if bits == 4:
         pack(model, skip=head, device=device, dtype=dtype)
-    _fill(model, device)
+    fill(model, device)
     with seeded(0, device):
         # A head of a causal model is as large as its vocabulary, and stays as it is.
         trained = tuple(
@@ -123,31 +121,4 @@ def _random(name: str, device: torch.device, dtype: torch.dtype, bits: int, laye
         )
         adapted = attach(model, AdapterConfig(), trained, name, "", "SEQ_CLS")
     adapted.to(device)
-    adapted.eval()
-    units = group(adapted)
-    adapted.requires_grad_(False)
-    return AdaptedModel(adapted, cast(PreTrainedTokenizerBase, None), units, "", device, install(adapted))
-
-
-def _fill(model: PreTrainedModel, device: torch.device) -> None:
-    """Random numbers in place of weights without data, drawn on `device`; buffers have their values already."""
-    draw = torch.Generator(device if device.type != "meta" else "cpu").manual_seed(0)
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.is_meta and device.type != "meta":
-                value = torch.empty_like(parameter, device=device)
-                setattr(module, name, nn.Parameter(_drawn(value, name, draw), requires_grad=False))
-    model.tie_weights()
-    cast(nn.Module, model).to(device)
-
-
-def _drawn(value: Tensor, name: str, draw: torch.Generator) -> Tensor:
-    if value.dim() < 2:
-        return value.fill_(1.0 if name == "weight" else 0.0)
-    return value.normal_(0.0, 0.02, generator=draw)
-
-
-def _states(model: nn.Module) -> list[Tensor]:
-    """The scales of quantised weights, which are neither parameters nor buffers."""
-    states = [getattr(parameter, "quant_state", None) for parameter in model.parameters()]
-    return [tensor for state in states if state is not None for tensor in (state.absmax, state.code)]
+    return ready(adapted, cast(PreTrainedTokenizerBase, None), "", device, Subspace())

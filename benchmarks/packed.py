@@ -4,15 +4,13 @@ quantised here.
 
 from collections.abc import Collection
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-BLOCK = 64
-"""Weights that share a scale, as in bitsandbytes."""
+from spry_app.models.skeleton import BLOCK, packed_4_bit
 
 
 def pack(model: nn.Module, skip: Collection[str], device: torch.device, dtype: torch.dtype) -> None:
@@ -28,15 +26,9 @@ def pack(model: nn.Module, skip: Collection[str], device: torch.device, dtype: t
 
 def _bitsandbytes_layer(layer: nn.Linear, packed: Tensor, absmax: Tensor, dtype: torch.dtype) -> nn.Linear:
     """The layer that the app makes of a checkpoint (spry_app.models.quantized), around random bytes."""
-    from bitsandbytes.functional import QuantState, get_4bit_type
-    from bitsandbytes.nn.modules import Params4bit
-
     from spry_app.models.quantized import Linear4bit
 
-    code = get_4bit_type("nf4", device=packed.device)  # type: ignore[no-untyped-call]
-    state = QuantState(absmax, layer.weight.shape, code, BLOCK, "nf4", dtype)  # type: ignore[no-untyped-call]
-    weight: Any = Params4bit(packed, requires_grad=False, quant_state=state, quant_type="nf4", bnb_quantized=True)
-    layer.weight = weight
+    layer.weight = packed_4_bit(packed, absmax, layer.weight.shape, "nf4", dtype)
     layer.__class__ = Linear4bit
     return layer
 

@@ -179,7 +179,9 @@ def test_an_exact_step_takes_more_the_lower_it_begins(run_config: dict, tmp_path
 
 @pytest.mark.parametrize("tested_by", ["server", "clients"])
 def test_a_run_measures_its_own_steps(tested_by: str, run_config: dict, tmp_path: Path) -> None:
-    """64 MiB hold any step of the tiny model, a thousandth of one none: that node is left with the top, and says no."""
+    """64 MiB hold any step of the tiny model, a thousandth of one none: that node is left with the top, and says no. It
+    scores nevertheless, which takes no step.
+    """
     keys = {"num-server-rounds": 1} | ({"data.test": ""} if tested_by == "clients" else {})
     own = ({"memory-budget-mib": 64.0}, {"memory-budget-mib": 64.0}, {"memory-budget-mib": 0.001})
     grid = LocalGrid(3, run_config | keys, own=own)
@@ -187,5 +189,8 @@ def test_a_run_measures_its_own_steps(tested_by: str, run_config: dict, tmp_path
     (line,) = (json.loads(line) for line in (tmp_path / "assignments.jsonl").read_text().splitlines())
     held = {node: len(hand["units"]) for hand in line["hands"] for node in hand["nodes"]}
     assert [held[str(node)] for node in sorted(grid.contexts)] == [5, 5, 2]
-    refused = 2 if tested_by == "clients" else 1  # to train, and to score
-    assert (done.recorder.rounds[-1].answered, done.recorder.rounds[-1].refused) == (2, refused)
+    last = done.recorder.rounds[-1]
+    assert (last.answered, last.refused) == (2, 1)
+    heldout = sum(node["heldout"] for node in json.loads((tmp_path / "run.json").read_text())["nodes"])
+    score = done.recorder.score
+    assert tested_by == "server" or (score and score.examples == heldout > 0)

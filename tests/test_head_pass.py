@@ -129,3 +129,18 @@ def test_a_head_of_the_same_passes_takes_no_more_memory(run_config: dict[str, An
     for at_once in (1, K):
         together, apart = (peak_mib(partial(_estimate, node, batch, where, at_once), "cpu") for where in (cut, None))
         assert together < 1.1 * apart
+
+
+def test_a_large_head_takes_as_much_for_many_micro_batches_as_for_one(run_config: dict[str, Any]) -> None:
+    """2,000 classes: 0.25 MiB of exact gradients for each micro-batch, of which no two are kept."""
+    node = _node(run_config | {"data.num-labels": 2000})
+    head = sum(node.start[name].nbytes for name in node.adapted.units["head"]) / 2**20
+    assert head > 0.2
+    one, many = (
+        peak_mib(
+            partial(_estimate, node, batch_of(node.adapted, node.train, [0] * rows, 1, SEED), len(node.adapted.blocks)),
+            "cpu",
+        )
+        for rows in (1, 32)
+    )
+    assert many < one + head / 2

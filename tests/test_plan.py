@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from spry_app.autodiff.memory import peak_mib, return_freed_memory
 from spry_app.cli import app
 from spry_app.client.training import train
 from spry_app.config import RunConfig
+from spry_app.launcher.settings import run_config_of
 from spry_app.models import load_model
 from spry_app.models.skeleton import weights_bytes
 from spry_app.planner.advice import advise
@@ -156,6 +158,15 @@ def test_no_weights_are_needed_and_the_advice_is_a_run(folder: str) -> None:
     assert rows["forward mode"]["forwards"] == pytest.approx(8) and rows["backprop"]["forwards"] == pytest.approx(4)
     assert rows["forward mode"]["step_s"] == pytest.approx(8 * 0.002)
     assert rows["forward mode"]["up_bytes"] < rows["backprop"]["up_bytes"]
+
+
+def test_the_command_at_the_end_has_what_was_asked_for_too(folder: str) -> None:
+    """Of two settings of one key the later one wins: the plan's, as in the run it is of."""
+    told = spry("--no-limits", "-c", 'assign="every-unit"', folder=folder)
+    words = shlex.split(told.stdout.splitlines()[-1])
+    assert words[:2] == ["spry", "run"] and words[2::2] == ["-c"] * 3
+    config = run_config_of({}, words[3::2])
+    assert config.model.name == folder and config.client.directions == 2 and config.gradient == "backprop"
 
 
 def test_where_nothing_fits_the_status_says_so_and_a_sentence_what_would(folder: str) -> None:

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_checkpoints import write_checkpoint
+from tiny_checkpoints import inputs_of, load_tiny, write_checkpoint
 from torch import Tensor
-from torch.nn.functional import layer_norm
+from torch.nn.functional import cosine_similarity, layer_norm
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 from typer.testing import CliRunner
 
@@ -17,6 +17,8 @@ from spry_app.models import load_model
 from spry_app.models.pooling import SHARE, SLOPE, write_mean_pooled
 
 SENTENCES = ["w5 w9 w11 w2 w20 w3", "w7 w8", "w4"]
+HEADS = {"bert": "modules_to_save.default", "roberta": "modules_to_save.default.out_proj"}
+"""Family -> end of the name of the map from features to classes, in a model that is to be trained."""
 
 
 def by_hand(source: str) -> tuple[dict[str, Tensor], Tensor]:
@@ -72,6 +74,22 @@ def test_it_is_a_plain_checkpoint_to_a_pipeline(tmp_path: Path) -> None:
     assert [set(one) for one in told] == [{"label", "score"}] * 3
 
 
+@pytest.mark.parametrize(("quantization", "least"), [("nf4", 0.9), ("int8", 0.99)])
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_quantised_it_says_nearly_the_same(family: str, quantization: str, least: float, tmp_path: Path) -> None:
+    """The block that averages is zeros and multiples of the identity, which both formats hold to the bit."""
+    write_mean_pooled(write_checkpoint(tmp_path / "plain", family), tmp_path / "pooled")
+    seen: list[Tensor] = []
+    for kind in ("none", quantization):
+        adapted = load_tiny(str(tmp_path / "pooled"), model={"quantization": kind}, kind="none")
+        (head,) = (part for name, part in adapted.model.named_modules() if name.endswith(HEADS[family]))
+        head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        adapted.logits({}, inputs_of(adapted))
+    full, quantised = seen
+    assert not torch.equal(full, quantised)
+    assert cosine_similarity(full, quantised).min() > least
+
+
 @pytest.mark.parametrize("family", ["gpt2", "distilbert"])
 def test_other_families_are_refused(family: str, tmp_path: Path) -> None:
     with pytest.raises(SpryError, match="bert, roberta, xlm-roberta"):
@@ -85,4 +103,5 @@ def test_the_command_says_how_to_go_on_and_never_overwrites(tmp_path: Path) -> N
     assert (done.exit_code, f'model.name="{folder}"' in done.output) == (0, True), done.output
     again = CliRunner().invoke(app, ["mean-pool", source, str(folder)])
     assert again.exit_code == 2 and "not empty" in again.output
-    assert CliRunner().invoke(app, ["mean-pool", str(tmp_path / "none"), str(tmp_path / "x")]).exit_code == 2
+    absent = CliRunner().invoke(app, ["mean-pool", str(tmp_path / "none"), str(tmp_path / "x")])
+    assert absent.exit_code == 2 and "model.name is" in absent.output and "Allowed are a Hub name" in absent.output

@@ -70,22 +70,21 @@ def _from_the_same_passes(
     losses, slopes = list[Tensor](), list[Tensor]()
     total = {name: torch.zeros_like(tensor, dtype=torch.float32) for name, tensor in known.items()}
     for chunk in chunks((direction(seed, k, rest) for k in range(directions)), at_once):
-        of_parts = [_through(part, cut, rest, known, chunk) for part in batch]
-        if not losses:  # every chunk has the same
-            for part, (_, _, grads) in zip(batch, of_parts, strict=True):
-                for name, grad in grads.items():
-                    total[name].add_(grad.cpu(), alpha=part.weight)
-        losses.append(mean_of(batch, [loss for loss, _, _ in of_parts]))
-        slopes += mean_of(batch, [slope for _, slope, _ in of_parts]).unbind()
+        # Every chunk has the same exact gradients. No part's is kept: a head may be large, and parts many.
+        of_parts = [_through(part, cut, rest, known, chunk, {} if losses else total) for part in batch]
+        losses.append(mean_of(batch, [loss for loss, _ in of_parts]))
+        slopes += mean_of(batch, [slope for _, slope in of_parts]).unbind()
     loss, values = numbers(losses[:1], slopes)
     estimated = gradient.combine(values, seed, rest)
     return Estimate(loss, estimated | total, tuple(values), gradient.cost(directions, at_once))
 
 
 def _through(
-    part: Part, cut: int, rest: Tensors, known: Tensors, directions: Sequence[Tensors]
-) -> tuple[Tensor, Tensor, Tensors]:
-    """The loss of one part, its slopes along n directions of the rest, shape (n,), the gradient of what is known."""
+    part: Part, cut: int, rest: Tensors, known: Tensors, directions: Sequence[Tensors], total: Tensors
+) -> tuple[Tensor, Tensor]:
+    """The loss of one part, and its slopes along n directions of the rest, shape (n,). Adds the part's share in the
+    gradient of what is known to `total`, by those names that it has.
+    """
     assert part.halves is not None, "the objective cannot be cut"
     halves = part.halves(cut)
     hidden, tangents = with_tangents(_fixing(halves.lower, known), rest, directions)
@@ -94,7 +93,9 @@ def _through(
     for name, grad in above.items():
         if name in rest:
             slopes += torch.stack([(v[name].to(grad) * grad).sum() for v in directions])
-    return loss, slopes, {name: grad for name, grad in above.items() if name in known}
+        elif name in total:
+            total[name].add_(grad.cpu(), alpha=part.weight)
+    return loss, slopes
 
 
 def _back_to(hidden: Tensor, halves: Halves, rest: Tensors, known: Tensors) -> tuple[Tensor, Tensor, Tensors]:

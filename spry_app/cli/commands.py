@@ -182,11 +182,8 @@ def mean_pool_command(
     """
     from spry_app.models.pooling import write_mean_pooled
 
-    try:
+    with refusals():
         write_mean_pooled(model, folder)
-    except SpryError as error:
-        print(error, file=sys.stderr)
-        raise typer.Exit(2) from None
     print(f"Train it with --run-config 'model.name=\"{folder}\"'")
 
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import shlex
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -59,7 +61,7 @@ def plan_command(
     if as_json:
         print(json.dumps(dataclasses.asdict(found)))
     else:
-        _show(found)
+        _show(found, run_config or ())
     raise typer.Exit(0 if found.advice.row is not None else 1)
 
 
@@ -71,7 +73,8 @@ def _hands(units: list[str] | None) -> tuple[str, ...]:
     return tuple(units or HANDS)
 
 
-def _show(found: "Plan") -> None:
+def _show(found: "Plan", given: Sequence[str]) -> None:
+    """given: what `--run-config` said, without which the command at the end would start another run."""
     console = Console(width=None if sys.stdout.isatty() else 1000, highlight=False)
     how = "measured here" if found.measured else "as given"
     speed = "speed not known" if found.forward_ms is None else f"{found.forward_ms:.2f} ms a forward pass, {how}"
@@ -87,7 +90,8 @@ def _show(found: "Plan") -> None:
     console.print(escape(found.advice.reason))
     if found.advice.row is not None and (keys := found.rows[found.advice.row].keys):
         said = " ".join(f"{key}={json.dumps(value)}" for key, value in keys.items())
-        console.print(f"spry run -c '{escape(said)}'", soft_wrap=True)
+        settings = " ".join(f"-c {shlex.quote(text)}" for text in (*given, said))
+        console.print(f"spry run {escape(settings)}", soft_wrap=True)
 
 
 def _cells(row: "Row") -> list[str]:

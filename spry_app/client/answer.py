@@ -12,7 +12,7 @@ from spry_app.autodiff.memory import is_out_of_memory, return_freed_memory
 from spry_app.client.catch_up import tensors_of
 from spry_app.client.node import Node, load_node
 from spry_app.client.privacy import check_scoring, protected
-from spry_app.client.slicing import give_less, most_at_once, slices_of
+from spry_app.client.slicing import give_less, most_at_once, slices_of, slices_to_score
 from spry_app.client.training import train as train_node
 from spry_app.client.trust import check_gradient, trusted
 from spry_app.config import RunConfig
@@ -96,7 +96,7 @@ def evaluate(node: Node, message: Message, method: Method, config: RunConfig, st
     task = dataclasses.replace(task, tensors=tensors_of(task, node, method, config, state))
     check_task(task, node, config)
     node.adapted.load_tensors(task.tensors)
-    return node.score(config.client, slices_of(node, method, config, state))
+    return node.score(config.client, slices_to_score(node, method, config, state))
 
 
 ANSWERS: dict[str, Answer] = {"introduce": introduce, "train": train, "evaluate": evaluate}

@@ -43,6 +43,16 @@ def slices_of(node: Node, method: Method, config: RunConfig, state: RecordDict, 
     return chosen
 
 
+def slices_to_score(node: Node, method: Method, config: RunConfig, state: RecordDict) -> Slices:
+    """Of passes without a gradient, which take less than a step: its slices on all units, or the smallest where the
+    budget holds no step on so many.
+    """
+    try:
+        return slices_of(node, method, config, state)
+    except OutOfMemory:
+        return SMALLEST
+
+
 def give_less(state: RecordDict) -> Slices | None:
     """Smaller slices for the rest of the run, after a step that was out of memory, with whatever gradient: a process
     that was ended cannot say with which. None where none were chosen yet.

@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from peft import get_peft_model_state_dict
+import torch
+from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from spry_app.config import AdapterConfig, ModelConfig
 from spry_app.models.adapted import AdaptedModel
@@ -17,7 +19,7 @@ from spry_app.models.fingerprint import fingerprint, with_fixed
 from spry_app.models.prompts import check_prompt, has_prompt
 from spry_app.models.randomness import seeded
 from spry_app.models.sources import public_name
-from spry_app.models.subspace import Fixed, install_subspace
+from spry_app.models.subspace import Fixed, Subspace, install_subspace
 from spry_app.models.units import group
 from spry_app.tasks import TASKS, LearningTask
 
@@ -46,13 +48,20 @@ def load_model(
     subspace = install_subspace(adapted, adapter, seed, frame)
     if subspace.fixed is not None:
         identity = with_fixed(identity, subspace.fixed.digest)
-    adapted.eval()
     if has_prompt(adapted):
-        check_prompt(adapted, base.tokenizer, adapter.kind)
+        check_prompt(adapted.eval(), base.tokenizer, adapter.kind)
+    return ready(adapted, base.tokenizer, identity, device, subspace)
+
+
+def ready(
+    adapted: PeftModel, tokenizer: PreTrainedTokenizerBase, identity: str, device: torch.device, subspace: Subspace
+) -> AdaptedModel:
+    """In eval mode, its units named and its blocks found, and no parameter asking for gradients."""
+    adapted.eval()
     units = group(adapted)
     # A parameter that asks for gradients makes backprop keep the graph of units that this node does not train.
     adapted.requires_grad_(False)
-    return AdaptedModel(adapted, base.tokenizer, units, identity, device, install(adapted), subspace)
+    return AdaptedModel(adapted, tokenizer, units, identity, device, install(adapted), subspace)
 
 
 def load_base(

@@ -12,10 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoTokenizer
 
+from spry_app.config import ModelConfig
 from spry_app.errors import SpryError
+from spry_app.models.checkpoint import explained, quiet, settings_of
 from spry_app.models.sources import find
+from spry_app.tasks import TASKS
 
 SHARE = 1000.0
 """Of the mean, to 1 of the token that the residual connection adds to it."""
@@ -37,19 +40,19 @@ def write_mean_pooled(name: str, folder: Path) -> None:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise SpryError(f"{folder} is not empty; name a folder that is absent or empty.")
-    location = find(name)
-    try:
-        config = AutoConfig.from_pretrained(location)
+    location, wanted, task = find(name), ModelConfig(name=name), TASKS["classification"]
+    with quiet(), explained(wanted, task, location):
+        config: Any = settings_of(wanted, location, 0)
         if config.model_type not in _NAMES:
             raise SpryError(
                 f"{name} is of the family {config.model_type!r}; the mean of the tokens can be written into "
                 f"{', '.join(_NAMES)}. Others may be trained as they are."
             )
         config.num_hidden_layers += 1
-        model = AutoModelForSequenceClassification.from_pretrained(location, config=config, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(location)
-    except OSError as error:
-        raise SpryError(f"{name} cannot be loaded: {str(error).splitlines()[0]}") from error
+        model = task.auto_model.from_pretrained(
+            location, config=config, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
     backbone, before_tanh, own = _NAMES[config.model_type]
     with torch.no_grad():
         _average(getattr(model, backbone).encoder.layer[-1])

@@ -15,11 +15,10 @@ from spry_app.config import AdapterConfig, ModelConfig
 from spry_app.models import checkpoint
 from spry_app.models.adapted import AdaptedModel
 from spry_app.models.adapter import attach
-from spry_app.models.blocks import install
+from spry_app.models.loading import ready
 from spry_app.models.randomness import seeded
 from spry_app.models.sources import find
 from spry_app.models.subspace import install_subspace
-from spry_app.models.units import group
 from spry_app.tasks import LearningTask
 
 BLOCK = 64
@@ -61,10 +60,7 @@ def skeleton(
     # A frame of singular vectors has the shapes of a random one.
     subspace = install_subspace(adapted, adapter.model_copy(update={"frame": "random"}), 0)
     adapted.to(device)
-    adapted.eval()
-    units = group(adapted)
-    adapted.requires_grad_(False)
-    return AdaptedModel(adapted, tokenizer, units, "", device, install(adapted), subspace)
+    return ready(adapted, tokenizer, "", device, subspace)
 
 
 def fill(model: nn.Module, device: torch.device) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from spry_app.methods.noise import RELATIVE_NOISE
+from spry_app.methods.noise import relative_noise
 from spry_app.planner.rows import Row
 
 
@@ -21,9 +21,7 @@ def passes_for_an_exact_step(row: Row) -> float:
     A step along a mean with expected cosine c makes c^2 as much: 1 / c^2 = 1 + E|error|^2 / |gradient|^2, with the
     directions of all clients that hold the same units.
     """
-    measured = row.directions * row.holders
-    noise = RELATIVE_NOISE[row.directions_kind](row.perturbed, measured) if row.perturbed else 0.0
-    return row.forwards * (1 + noise)
+    return row.forwards * (1 + relative_noise(row.perturbed, row.directions * row.holders, row.directions_kind))
 
 
 def advise(rows: Sequence[Row], limit_mib: float) -> Advice:

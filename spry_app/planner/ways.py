@@ -1,6 +1,7 @@
 """What is compared: ways to a gradient and hands of units, as run-config keys over those of a run. Nothing runs."""
 
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from spry_app.config import RunConfig, Scalar
@@ -45,16 +46,45 @@ class Way:
     units: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class _Runs:
+    """A run as it is set, on a model and so many clients, and what it is with other keys."""
+
+    config: RunConfig
+    adapted: AdaptedModel
+    clients: int
+
+    def way(self, name: str, hand: str, keys: dict[str, Scalar], highest: bool = False) -> Way:
+        """Raises SpryError where the keys do not go together."""
+        config = RunConfig.from_flower(self.config.flat() | keys) if keys else self.config
+        method = get_method(config).on(Layout(self.adapted.depths(), len(self.adapted.blocks)), config.client)
+        hands = deal_out(config, method, self.adapted.units, start_of(self.adapted), [0.0] * self.clients, 1)
+        return Way(name, hand, keys, config, method, tuple(_extreme(hands, self.adapted, highest)))
+
+    def allowed(self, name: str, hand: str, keys: dict[str, Scalar], highest: bool) -> Way | None:
+        """With the run's own method, or as weights where that sends scalars alone; None where neither is to be had."""
+        weights: dict[str, Scalar] = {
+            "method": "fedavg",
+            "server.optimizer": get_method(self.config).server_optimizer,
+            "send": "",
+            "directions": "",
+            "client.local-steps": max(1, self.config.client.local_steps),
+        }
+        for more in ({}, weights):
+            with suppress(SpryError):
+                return self.way(name, hand, keys | more, highest)
+        return None
+
+
 def ways(
     config: RunConfig, adapted: AdaptedModel, clients: int, hands: Collection[str] = tuple(HANDS)
 ) -> Iterator[Way]:
     """The run as it is set, and of these HANDS all others that its keys allow. Raises SpryError for one that is not to
     be had as it is set.
     """
-    own = get_method(config)
+    own, runs = get_method(config), _Runs(config, adapted, clients)
     names = [name for name, (assign, _) in HANDS.items() if ASSIGNMENTS[assign] is own.assign]
-    first = _way(AS_SET, names[0] if names else "own", {}, config, adapted, clients, False)
-    yield first
+    yield runs.way(AS_SET, names[0] if names else "own", {})
     for hand, (assign, highest) in ((hand, HANDS[hand]) for hand in HANDS if hand in hands):
         for name, (gradient, together) in GRADIENTS.items():
             keys: dict[str, Scalar] = {"gradient": gradient, "assign": assign}
@@ -63,46 +93,9 @@ def ways(
                 keys["client.directions-at-once"] = at_once
                 if together and at_once == 1:
                     continue
-            found = _allowed(name, hand, keys, config, own, adapted, clients, highest)
+            found = runs.allowed(name, hand, keys, highest)
             if found is not None:
                 yield found
-
-
-def _allowed(
-    name: str,
-    hand: str,
-    keys: dict[str, Scalar],
-    config: RunConfig,
-    own: Method,
-    adapted: AdaptedModel,
-    clients: int,
-    highest: bool,
-) -> Way | None:
-    """With the run's own method, or as weights where that sends scalars alone; None where neither is to be had."""
-    steps = max(1, config.client.local_steps)
-    weights: dict[str, Scalar] = {"method": "fedavg", "server.optimizer": own.server_optimizer}
-    weights |= {"send": "", "directions": "", "client.local-steps": steps}
-    for more in ({}, weights):
-        try:
-            changed = RunConfig.from_flower(config.flat() | keys | more)
-            return _way(name, hand, keys | more, changed, adapted, clients, highest)
-        except SpryError:
-            continue
-    return None
-
-
-def _way(
-    name: str,
-    hand: str,
-    keys: dict[str, Scalar],
-    config: RunConfig,
-    adapted: AdaptedModel,
-    clients: int,
-    highest: bool,
-) -> Way:
-    method = get_method(config).on(Layout(adapted.depths(), len(adapted.blocks)), config.client)
-    hands = deal_out(config, method, adapted.units, start_of(adapted), [0.0] * clients, 1)
-    return Way(name, hand, keys, config, method, tuple(_extreme(hands, adapted, highest)))
 
 
 def _extreme(hands: Sequence[Sequence[str]], adapted: AdaptedModel, highest: bool) -> Sequence[str]:
