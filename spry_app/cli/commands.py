@@ -175,15 +175,18 @@ def export_command(
 def mean_pool_command(
     model: Annotated[str, typer.Argument(help="As model.name: a sentence encoder of the families BERT and RoBERTa.")],
     folder: Annotated[Path, typer.Argument(help="Folder to write into: absent or empty. Then model.name.")],
+    revision: Annotated[str, typer.Option(help="As model.revision.")] = "",
 ) -> None:
     """Give a sentence encoder (all-MiniLM, E5, GTE) one more block, so that its classifier sees the mean of all tokens.
 
-    What is written is a plain checkpoint. Exit status: 0, or 2 where that cannot be done.
+    What is written is a plain checkpoint, for other programs: `spry run` does so by itself (model.pooling).
+    Exit status: 0, or 2 where that cannot be done.
     """
     from spry_app.models.pooling import write_mean_pooled
+    from spry_app.models.sources import find
 
     try:
-        write_mean_pooled(model, folder)
+        write_mean_pooled(find(model), folder, revision)
     except SpryError as error:
         print(error, file=sys.stderr)
         raise typer.Exit(2) from None
