@@ -155,6 +155,23 @@ def test_a_copy_that_would_not_fit_while_it_is_made_is_refused(
     assert not list((cache.parent / "models").glob("*-mean-*[!k]"))
 
 
+def test_of_the_hub_what_its_cache_has_is_enough(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests are offline. A file that is not there is silence, and another commit another copy."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    repository = tmp_path / "hub" / "models--owner--encoder"
+    for commit, seed in (("a" * 40, 0), ("b" * 40, 1)):
+        says(write_checkpoint(repository / "snapshots" / commit, seed=seed), **MEAN)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    found = load_tiny("owner/encoder")
+    assert is_copy(names_of(found)) and "/encoder-mean-" in names_of(found)
+    assert found.model.peft_config["default"].revision is None
+    other = load_tiny("owner/encoder", model={"revision": "b" * 40})
+    assert names_of(other) != names_of(found) and other.fingerprint != found.fingerprint
+    (repository / "snapshots" / ("a" * 40) / "1_Pooling" / "config.json").unlink()
+    assert names_of(load_tiny("owner/encoder")) == "owner/encoder"
+
+
 ADAPTERS: dict[str, dict[str, Any]] = {kind: {"kind": kind} for kind in KINDS if kind != "prefix"} | {
     "all-linear": {"targets": "all-linear"},
     "named": {"targets": "query,dense"},
