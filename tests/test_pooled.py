@@ -67,6 +67,19 @@ def test_what_the_classifier_sees_of_a_sentence_encoder_is_the_mean_of_its_token
     torch.testing.assert_close(seen[0], expected, atol=2e-3, rtol=0.0)
 
 
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_the_mean_stays_one_in_few_bits(encoder: str, quantization: str) -> None:
+    """Multiples of the identity, and zeros, are exact in both: every place holds the same, whatever stood there."""
+    adapted = load_tiny(encoder, model={"quantization": quantization})
+    inner, inputs = adapted.model.get_base_model(), inputs_of(adapted)
+    with torch.no_grad():
+        hidden: Tensor = inner.base_model(**inputs).last_hidden_state  # type: ignore[operator]
+    assert adapted.sees_mean and hidden.isfinite().all()
+    for row, kept in zip(hidden.float(), inputs["attention_mask"].bool(), strict=True):
+        torch.testing.assert_close(row[kept], row[:1].expand(int(kept.sum()), -1), rtol=0, atol=0.05)
+    assert (hidden[0, 0] - hidden[1, 0]).abs().max() > 0.2
+
+
 @pytest.mark.parametrize(
     ("said", "mean"),
     [
