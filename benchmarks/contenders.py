@@ -24,6 +24,7 @@ _INSIDE = {
 }
 """adapter.targets -> what they are called in a block of MiniLM."""
 BLOCKS = 6
+"""Of MiniLM; that which takes the mean of all tokens (model.pooling) comes above them and is not adapted."""
 
 
 def upper(rows: Rows, count: int) -> Rows:

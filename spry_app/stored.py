@@ -1,5 +1,5 @@
-"""Tables on this machine's disk, made once for a name that tells everything they depend on, and read memory-mapped.
-What is in them, and what they depend on, is not known here.
+"""Tables and folders on this machine's disk, made once for a name that tells everything they depend on; tables are read
+memory-mapped. What is in them, and what they depend on, is not known here.
 """
 
 import errno
@@ -22,6 +22,7 @@ import pyarrow as pa
 from datasets import Dataset
 from datasets.fingerprint import generate_random_fingerprint
 from datasets.table import InMemoryTable
+from safetensors import SafetensorError
 
 from spry_app.errors import SpryError
 
@@ -35,6 +36,7 @@ _TABLE, _FACTS = "table.arrow", "facts.json"
 NEW = "new-"
 """How folders begin that go with the process which made them."""
 _MIB = 1 << 20
+_NO_LIMIT_MIB = 1 << 43
 _YOUNG_S = 600.0
 """What was used so recently is not removed: somebody may be about to open it."""
 _ABANDONED_S = 86400.0
@@ -53,15 +55,15 @@ class Stored:
     again: bool
 
 
-def cache_folder() -> Path:
+def cache_folder(kind: str = "rows") -> Path:
     """In $SPRY_CACHE, else spry in $XDG_CACHE_HOME or ~/.cache; closed to all but this user. Raises SpryError."""
     own, usual = os.environ.get("SPRY_CACHE"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folder = Path(own or Path(usual, "spry")).expanduser().absolute() / "rows"
+    folder = Path(own or Path(usual, "spry")).expanduser().absolute() / kind
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.chmod(0o700)
     except OSError as error:
-        raise SpryError(f"Rows and tokens cannot be kept in {folder} ({error}): set SPRY_CACHE to a folder.") from error
+        raise SpryError(f"Nothing can be kept in {folder} ({error}): set SPRY_CACHE to a folder.") from error
     return folder
 
 
@@ -93,17 +95,44 @@ def stored(name: str, make: Make, most_mib: int) -> Stored:
     with _locked(root / f"{name}.lock"):
         if (found := _read(entry)) is not None:  # another process was faster
             return found
-        try:
+        with _written_in(root):
             made = _made(entry, make)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise SpryError(
-                f"The disk of {root} is full ({error}): make room, or set SPRY_CACHE to a folder on another."
-            ) from error
     if most_mib:
         tidy(root, most_mib, name)
     return made
+
+
+def made_once(kind: str, name: str, write: Callable[[Path], None]) -> Path:
+    """The folder of this name, beside others of its kind: as it is on disk, or filled by `write`, given an empty one.
+
+    It stays until somebody removes it. Raises SpryError where the disk is full.
+    """
+    root = cache_folder(kind)
+    entry = root / name
+    if entry.is_dir():
+        return entry
+    with _locked(root / f"{name}.lock"):
+        if not entry.is_dir():  # no other process was faster
+            tidy(root, _NO_LIMIT_MIB)
+            with _written_in(root), tempfile.TemporaryDirectory(prefix=NEW, dir=root) as temporary:
+                new = Path(temporary, "entry")
+                new.mkdir(mode=0o700)
+                write(new)
+                new.rename(entry)
+    return entry
+
+
+@contextmanager
+def _written_in(root: Path) -> Iterator[None]:
+    """Raises SpryError where the disk is full."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error):
+            raise SpryError(
+                f"The disk of {root} is full ({error}): make room, or set SPRY_CACHE to a folder on another."
+            ) from error
+        raise
 
 
 def _made(entry: Path, make: Make) -> Stored:

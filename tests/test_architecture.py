@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "privacy": {"errors", "autodiff"},
     "optimizers": {"autodiff", "errors"},
     "tasks": LEAVES | {"autodiff", "plugins", "stored"},
-    "models": LEAVES | {"autodiff", "tasks"},
+    "models": LEAVES | {"autodiff", "stored", "tasks"},
     "data": LEAVES | {"stored", "tasks"},
     "methods": LEAVES | {"autodiff", "optimizers", "plugins", "slope_log"},
     "objectives": {"errors", "autodiff", "models", "prefix", "protocol", "tasks"},

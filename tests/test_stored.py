@@ -1,17 +1,21 @@
 """Entries on disk: made once by one process, made again where they are damaged, gone where there are too many."""
 
+import errno
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
+from safetensors import SafetensorError
 
 from spry_app import stored as store
+from spry_app.errors import SpryError
 
 ROOT = Path(__file__).parent.parent
 
@@ -87,6 +91,33 @@ def test_of_processes_that_want_the_same_entry_one_makes_it(cache: Path) -> None
         process.stdin.flush()
     found = [process.communicate(timeout=300)[0].split() for process in processes]
     assert sorted(found) == [["False", "True"], ["True", "True"], ["True", "True"]]
+
+
+def test_of_those_who_want_the_same_folder_one_fills_it_and_a_failure_leaves_none(cache: Path) -> None:
+    calls: list[int] = []
+
+    def write(folder: Path) -> None:
+        calls.append(1)
+        time.sleep(0.1)
+        (folder / "x").write_text("whole")
+        if len(calls) == 1:
+            raise ValueError("the first one fails")
+
+    with pytest.raises(ValueError, match="the first one fails"):
+        store.made_once("models", "x-1", write)
+    with ThreadPoolExecutor(4) as pool:
+        (found,) = set(pool.map(lambda _: store.made_once("models", "x-1", write), range(4)))
+    assert found == cache.parent / "models" / "x-1" and (found / "x").read_text() == "whole" and len(calls) == 2
+    assert sorted(path.name for path in found.parent.iterdir()) == ["x-1", "x-1.lock"]
+    assert {path.stat().st_mode & 0o777 for path in (found, found.parent)} == {0o700}
+
+
+def test_a_full_disk_is_told_of_a_folder_too(cache: Path) -> None:
+    def write(folder: Path) -> None:
+        raise SafetensorError(f"Error while serializing: I/O error: {os.strerror(errno.ENOSPC)} (os error 28)")
+
+    with pytest.raises(SpryError, match=r"The disk of .*models is full .* set SPRY_CACHE"):
+        store.made_once("models", "x-1", write)
 
 
 def test_without_a_cache_nothing_is_left(cache: Path) -> None:

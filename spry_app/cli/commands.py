@@ -175,15 +175,23 @@ def export_command(
 def mean_pool_command(
     model: Annotated[str, typer.Argument(help="As model.name: a sentence encoder of the families BERT and RoBERTa.")],
     folder: Annotated[Path, typer.Argument(help="Folder to write into: absent or empty. Then model.name.")],
+    revision: Annotated[str, typer.Option(help="As model.revision.")] = "",
 ) -> None:
     """Give a sentence encoder (all-MiniLM, E5, GTE) one more block, so that its classifier sees the mean of all tokens.
 
-    What is written is a plain checkpoint. Exit status: 0, or 2 where that cannot be done.
+    What is written is a plain checkpoint, for other programs: `spry run` does so by itself (model.pooling).
+    Exit status: 0, or 2 where that cannot be done.
     """
+    from spry_app.config import ModelConfig
+    from spry_app.models.checkpoint import explained, quiet
     from spry_app.models.pooling import write_mean_pooled
+    from spry_app.models.sources import find
+    from spry_app.tasks import TASKS
 
     with refusals():
-        write_mean_pooled(model, folder)
+        location = find(model)
+        with quiet(), explained(ModelConfig(name=model, revision=revision), TASKS["classification"], location):
+            write_mean_pooled(location, folder, revision)
     print(f"Train it with --run-config 'model.name=\"{folder}\"'")
 
 

@@ -154,7 +154,8 @@ def _check_base(here: str, there: str, config: RunConfig) -> None:
     if found := difference(here, there):
         remedies = {
             "base model": f"Every node must load the same weights of model.name={config.model.name!r}: pin "
-            "model.revision, or replace this node's copy.",
+            "model.revision, or replace this node's copy, by a whole one: 1_Pooling/config.json is part of it where "
+            'model.pooling is "auto".',
             "fixed part of the adapter": f"With adapter.subspace={config.adapter.subspace!r} it follows from seed, "
             "adapter.* and the names of the model's layers, or comes from the server: run the same version of Spry "
             "everywhere.",

@@ -13,6 +13,11 @@ class ModelConfig(Section):
     """Checkpoint of a model for `data.task`: a Hub name, a local path, or "minilm" (extra `demo`)."""
     revision: str = ""
     """Branch, tag or commit of a Hub checkpoint."""
+    pooling: Literal["auto", "first", "mean"] = "auto"
+    """What of a text its classifier sees: "first", what the checkpoint's own does, which in BERT's family is the first
+    token; "mean", the mean of all tokens, which one more block takes that nobody trains; "auto", the mean where the
+    checkpoint says that it was trained for it (sentence encoders do, in 1_Pooling/config.json) and has the family for
+    it: BERT, RoBERTa, XLM-RoBERTa."""
     quantization: Literal["none", "nf4", "fp4", "int8"] = "none"
     """How frozen linear weights are kept (bitsandbytes)."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

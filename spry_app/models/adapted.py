@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +12,13 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from torch.func import functional_call
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spry_app.autodiff.token_loss import IGNORED, token_loss, token_scores
 from spry_app.autodiff.transfer import onto
 from spry_app.models.blocks import Entering, NoPrefixError, depth_of, run_until, starting_from
 from spry_app.models.bound import Bound
+from spry_app.models.pooling import averaging_block
 from spry_app.models.prompts import has_prompt
 from spry_app.models.randomness import seeded
 from spry_app.models.subspace import Subspace
@@ -40,6 +41,11 @@ class AdaptedModel:
     blocks: tuple[str, ...] = ()
     """Names of the transformer blocks, from the lowest; () where they are not to be found (blocks.install)."""
     subspace: Subspace = field(default_factory=Subspace)
+
+    @property
+    def sees_mean(self) -> bool:
+        """Whether its classifier sees the mean of all tokens, by a block of its own (models.pooling)."""
+        return bool(averaging_block(cast(PreTrainedModel, self.model.get_base_model())))
 
     def tensors(self) -> Tensors:
         """Every trainable tensor, fp32 copies on the CPU."""

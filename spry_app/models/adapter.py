@@ -4,7 +4,7 @@ trains.
 
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from spry_app.config import AdapterConfig
 from spry_app.errors import SpryError
 from spry_app.models import prompts
 from spry_app.models.dora import install_dora
+from spry_app.models.pooling import averaging_block
 
 Kind = Callable[[PreTrainedModel, AdapterConfig, tuple[str, ...]], PeftConfig]
 """A frozen model, its adapter keys and the names of its head -> PEFT's configuration."""
@@ -52,7 +53,7 @@ def attach(
     model: PreTrainedModel, adapter: AdapterConfig, head: tuple[str, ...], name: str, revision: str, peft_type: str
 ) -> PeftModel:
     """The model with an adapter and a copy of its head, where the task makes one, as the only trainable parameters, all
-    but biases fp32.
+    but biases fp32. A block that takes the mean of all tokens (models.pooling) is left as it is.
 
     `name` and `revision` are what a saved adapter gives as its base model, `peft_type` as its task. LoRA's first factor
     is drawn from torch's global generator. Raises SpryError if the model has not what the adapter is to change.
@@ -65,6 +66,8 @@ def attach(
         # It says so of normalisations, whose kind it has itself.
         warnings.filterwarnings("ignore", "Unsupported layer type", UserWarning)
         adapted = get_peft_model(model, config)
+    if averaging := averaging_block(model):
+        model.get_submodule(averaging).requires_grad_(False)  # PEFT trains biases wherever they are
     config.base_model_name_or_path = name
     config.revision = revision or None
     for module in adapted.modules():
@@ -135,7 +138,7 @@ def _bitfit(model: PreTrainedModel, adapter: AdapterConfig, head: tuple[str, ...
 
 def _layernorm(model: PreTrainedModel, adapter: AdapterConfig, head: tuple[str, ...]) -> PeftConfig:
     """arXiv 2312.11420: weights and biases of every normalisation."""
-    norms = [name for name, module in model.named_modules() if _is_norm(module) and name.split(".")[0] not in head]
+    norms = [name for name, module in _adaptable(model, head) if _is_norm(module)]
     if not norms:
         raise SpryError(
             f"adapter.kind is 'layernorm', and no normalisation of this {model.config.model_type} model is known: "
@@ -184,9 +187,16 @@ def _is_transposed(model: PreTrainedModel) -> bool:
 
 
 def _linear(model: PreTrainedModel, head: tuple[str, ...]) -> list[str]:
-    """Names of the linear layers outside the head."""
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
-    return [name for name in linear if name.split(".")[0] not in head]
+    """Names of the linear layers that can be adapted."""
+    return [name for name, module in _adaptable(model, head) if isinstance(module, nn.Linear | Conv1D)]
+
+
+def _adaptable(model: PreTrainedModel, head: tuple[str, ...]) -> Iterator[tuple[str, nn.Module]]:
+    """Modules by name, but for those of the head and of the block that takes the mean."""
+    averaging = averaging_block(model)
+    for name, module in model.named_modules():
+        if name.split(".")[0] not in head and not (averaging and name.startswith(f"{averaging}.")):
+            yield name, module
 
 
 def _query_and_value(model: PreTrainedModel, adapter: AdapterConfig, head: tuple[str, ...]) -> list[str] | str:
@@ -199,7 +209,9 @@ def _query_and_value(model: PreTrainedModel, adapter: AdapterConfig, head: tuple
 def _targets(
     model: PreTrainedModel, wanted: str, head: tuple[str, ...], default: list[str], what: str
 ) -> list[str] | str:
-    """Names for PEFT; a pattern where a bare name would also take matrices of the head."""
+    """Names for PEFT: a pattern where a bare name would also take matrices of the head, whole names where it would take
+    those of the block that takes the mean.
+    """
     inside = _linear(model, head)
     if wanted.strip() == ALL_LINEAR:
         return [name for name in inside if any(part.isdigit() for part in name.split("."))] or inside
@@ -210,6 +222,8 @@ def _targets(
         unknown = f"adapter.targets is empty, and {what} of a {model.config.model_type} model are not known"
         short = sorted({name.rpartition(".")[2] for name in inside})
         raise SpryError(f"{got if missing else unknown}. Linear layers it has: {', '.join(short)}.")
+    if averaging_block(model):
+        return [module for module in inside if any(_matches(module, name) for name in names)]
     if not any(_matches(module, name) for module in set(_linear(model, ())) - set(inside) for name in names):
         return names
     return rf"(?!({'|'.join(head)})\.)(.*\.)?({'|'.join(map(re.escape, names))})"

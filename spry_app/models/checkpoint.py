@@ -21,8 +21,10 @@ from transformers.utils import logging as transformers_logging
 
 from spry_app.config import ModelConfig
 from spry_app.errors import SpryError
+from spry_app.models.pooled import copy_of, wants_mean
+from spry_app.models.pooling import add_block
 from spry_app.models.room import check_room
-from spry_app.models.sources import EMBEDDED, find
+from spry_app.models.sources import EMBEDDED, find, public_name
 from spry_app.offline import advice
 from spry_app.tasks import LearningTask
 
@@ -38,34 +40,44 @@ _QUANTIZERS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A frozen model in eval mode; `head` names its children outside the backbone that the task makes new, if any."""
+    """A frozen model in eval mode; `head` names its children outside the backbone that the task makes new, if any.
+
+    name, revision: what an adapter is to give as its base model.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     head: tuple[str, ...]
+    name: str
+    revision: str
 
 
 def load_checkpoint(
     config: ModelConfig, task: LearningTask, num_labels: int, device: torch.device, path: str = ""
 ) -> Checkpoint:
-    """Load `path`, or else `config.name`. Weights the checkpoint lacks are drawn from torch's global generator.
+    """Load `path`, or else `config.name`, with the mean of all tokens before its head where model.pooling says so.
+
+    Weights that the checkpoint lacks are drawn from torch's global generator.
 
     num_labels: classes of the task, 0 where it has none.
     """
-    location = find(config.name, path)
+    location, name, revision = find(config.name, path), public_name(config.name), config.revision
     quantizer = quantizer_of(config)
     with quiet(), explained(config, task, location):
-        settings = settings_of(config, location, num_labels)
-        tokenizer = AutoTokenizer.from_pretrained(location, revision=config.revision or None, trust_remote_code=False)
+        settings, pooled = settings_of(config, task, location, num_labels)
+        tokenizer = AutoTokenizer.from_pretrained(location, revision=revision or None, trust_remote_code=False)
         _pad(tokenizer, settings)
         skeleton = _skeleton(settings, task)
         head = head_of(skeleton, task)
         check_room(skeleton, head, config, device)
+        if pooled:
+            location, revision = copy_of(config, location, skeleton), ""
+            name = location
         if quantizer is not None and head:
             quantizer.llm_int8_skip_modules = list(head)
         model, report = task.auto_model.from_pretrained(
             location,
-            revision=config.revision or None,
+            revision=revision or None,
             config=settings,
             dtype=DTYPES[config.dtype],
             quantization_config=quantizer,
@@ -82,7 +94,7 @@ def load_checkpoint(
         model.to(device)
     else:
         importlib.import_module("spry_app.models.quantized").pass_tangents(model)
-    return Checkpoint(model, tokenizer, head)
+    return Checkpoint(model, tokenizer, head, name, revision)
 
 
 def find_device(name: str) -> torch.device:
@@ -125,15 +137,22 @@ def _pad(tokenizer: PreTrainedTokenizerBase, settings: PreTrainedConfig) -> None
     settings.use_cache = False
 
 
-def settings_of(config: ModelConfig, location: str, num_labels: int) -> PreTrainedConfig:
-    """transformers' configuration of a checkpoint. Raises ValueError for one that is quantised already."""
+def settings_of(
+    config: ModelConfig, task: LearningTask, location: str, num_labels: int
+) -> tuple[PreTrainedConfig, bool]:
+    """transformers' configuration of the model that is trained, and whether it has a block more than the checkpoint
+    (models.pooled). Raises ValueError for one that is quantised already.
+    """
     classes = {"num_labels": num_labels} if num_labels else {}
     settings: PreTrainedConfig = AutoConfig.from_pretrained(
         location, revision=config.revision or None, trust_remote_code=False, **classes
     )
     if getattr(settings, "quantization_config", None):
         raise ValueError("it is quantised already; take the full checkpoint and set model.quantization")
-    return settings
+    pooled = wants_mean(config, task, location, settings)
+    if pooled:
+        add_block(settings)
+    return settings, pooled
 
 
 def _skeleton(settings: PreTrainedConfig, task: LearningTask) -> PreTrainedModel:

@@ -16,6 +16,7 @@ from spry_app.config import AdapterConfig
 from spry_app.config.peft_keys import adapter_keys
 from spry_app.errors import SpryError
 from spry_app.models.adapted import AdaptedModel
+from spry_app.models.pooled import is_copy
 from spry_app.models.units import HEAD
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,11 @@ def _check_base(adapted: AdaptedModel, saved: dict[str, Any], path: str) -> None
     theirs, ours = str(saved.get("base_model_name_or_path")), str(_config(adapted).base_model_name_or_path)
     if theirs == ours:
         return
+    if is_copy(ours) and not Path(theirs).is_absolute():
+        raise SpryError(
+            f"adapter.path is {path!r}, an adapter of {theirs} as it is, and this run is on the mean of all tokens: "
+            'set model.pooling to "first", and model.name to that model.'
+        )
     if any(Path(name).is_absolute() for name in (theirs, ours)):  # one model may lie in two folders
         logger.warning("The adapter in %s is of the base model %s, and model.name is %s.", path, theirs, ours)
         return

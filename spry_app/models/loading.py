@@ -18,7 +18,6 @@ from spry_app.models.checkpoint import Checkpoint, find_device, load_checkpoint
 from spry_app.models.fingerprint import fingerprint, with_fixed
 from spry_app.models.prompts import check_prompt, has_prompt
 from spry_app.models.randomness import seeded
-from spry_app.models.sources import public_name
 from spry_app.models.subspace import Fixed, Subspace, install_subspace
 from spry_app.models.units import group
 from spry_app.tasks import TASKS, LearningTask
@@ -44,7 +43,7 @@ def load_model(
     with seeded(seed, device):
         base = load_checkpoint(model, task, num_labels, device, path)
         identity = fingerprint(base.model, base.head)
-        adapted = attach(base.model, adapter, base.head, public_name(model.name), model.revision, task.peft_type)
+        adapted = attach(base.model, adapter, base.head, base.name, base.revision, task.peft_type)
     subspace = install_subspace(adapted, adapter, seed, frame)
     if subspace.fixed is not None:
         identity = with_fixed(identity, subspace.fixed.digest)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spry_app.config import AdapterConfig
 from spry_app.errors import SpryError
+from spry_app.models.pooling import averaging_block
 
 _USUAL_LENGTH = 10**9
 """A tokenizer that knows no length says a larger one."""
@@ -30,7 +31,14 @@ def p_tuning(model: PreTrainedModel, adapter: AdapterConfig, shared: dict[str, A
 
 
 def prefix(model: PreTrainedModel, adapter: AdapterConfig, shared: dict[str, Any]) -> PeftConfig:
-    """arXiv 2101.00190, without the network that it makes the prefix from."""
+    """arXiv 2101.00190, without the network that it makes the prefix from. Raises SpryError where a block takes the
+    mean of all tokens, which its keys and values would become part of.
+    """
+    if averaging_block(model):
+        raise SpryError(
+            'adapter.kind is "prefix", to which every block attends, also that which takes the mean of all tokens: set '
+            'adapter.kind to "prompt" or "lora", or model.pooling to "first".'
+        )
     return PrefixTuningConfig(**_sizes(model, adapter), **shared)
 
 

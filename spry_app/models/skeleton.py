@@ -44,7 +44,7 @@ def skeleton(
     location = find(model.name)
     quantizer = checkpoint.quantizer_of(model)
     with checkpoint.quiet(), checkpoint.explained(model, task, location):
-        settings = checkpoint.settings_of(model, location, num_labels)
+        settings, _ = checkpoint.settings_of(model, task, location, num_labels)
         settings.pad_token_id, settings.use_cache = settings.pad_token_id or 0, False
         if layers:
             _cut(settings, layers)

@@ -24,8 +24,11 @@ def card(
     labels: Sequence[str],
     base: str,
     versions: Mapping[str, str],
+    pooled: bool = False,
 ) -> str:
-    """base: the base model as others know it. rounds: all so far. versions: package -> version."""
+    """base: the base model as others know it. rounds: all so far. versions: package -> version. pooled: whether it is
+    trained on a copy of the base model that takes the mean of all tokens.
+    """
     scored, task = [line for line in rounds if line.main is not None], get_task(config.data)
     data = ModelCardData(
         base_model=None if Path(base).is_absolute() else base,
@@ -39,7 +42,7 @@ def card(
     parts = [
         f"---\n{data.to_yaml()}\n---\n\n# {base} with {config.adapter.kind}, by {config.method}\n",
         f"Trained by federated learning with Spry: {last.round} rounds, {last.asked} clients asked in the last.\n",
-        f"- **Base model**: `{base}`{_revision(config)}, {_format(config)}\n"
+        f"- **Base model**: `{base}`{_revision(config)}, {_format(config)}{_mean(pooled)}\n"
         f"- **Data**: `{_public(config.data.source)}`, dealt to clients by `{config.data.partition}`, for "
         f"`{config.data.task}`{_classes(labels)}\n"
         f"- **Method**: `{config.method}` ({method.paper})\n"
@@ -47,7 +50,7 @@ def card(
         f"## Results\n\n{_results(scored)}",
         f"## Costs\n\n{_costs(last)}",
         f"## Versions\n\n{', '.join(f'{name} {version}' for name, version in versions.items())}\n",
-        f"{_LOAD}\n\n{_lines(base, config, task, len(labels))}",
+        f"{_LOAD}\n\n{_lines(base, config, task, len(labels), pooled)}",
     ]
     return "\n".join(parts)
 
@@ -99,6 +102,10 @@ def _revision(config: RunConfig) -> str:
     return f" at `{config.model.revision}`" if config.model.revision else ""
 
 
+def _mean(pooled: bool) -> str:
+    return ", on the mean of all tokens" if pooled else ""
+
+
 def _format(config: RunConfig) -> str:
     quantised = "" if config.model.quantization == "none" else f", its linear layers in {config.model.quantization}"
     return f"{config.model.dtype}{quantised}"
@@ -130,10 +137,17 @@ def _costs(last: Round) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _lines(base: str, config: RunConfig, task: LearningTask, labels: int) -> str:
-    revision = f', revision="{config.model.revision}"' if config.model.revision else ""
+def _lines(base: str, config: RunConfig, task: LearningTask, labels: int, pooled: bool) -> str:
+    own, revision, before = config.model.revision, "", ""
+    if pooled:
+        option = f" --revision {own}" if own else ""
+        before = f"Its classifier sees the mean of all tokens, which this makes of `{base}`:\n\n"
+        before += f"```\nspry mean-pool {base} mean-pooled{option}\n```\n\n"
+        base = "mean-pooled"
+    elif own:
+        revision = f', revision="{own}"'
     name, classes = task.auto_model.__name__, f", num_labels={labels}" if labels else ""
-    return f"""```python
+    return f"""{before}```python
 from peft import PeftModel
 from transformers import {name}
 

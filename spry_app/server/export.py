@@ -4,7 +4,7 @@ import json
 import shutil
 import warnings
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -14,7 +14,8 @@ from transformers import AutoTokenizer
 from spry_app.config import ModelConfig, RunConfig
 from spry_app.errors import SpryError
 from spry_app.models import load_base
-from spry_app.models.sources import known_as
+from spry_app.models.pooled import is_copy
+from spry_app.models.sources import known_as, public_name
 from spry_app.server.adapter_folder import read_labels
 from spry_app.server.card import loaded_by, merged_card
 from spry_app.tasks import task_of_adapter
@@ -35,7 +36,7 @@ def export(source: Path, output: Path, dtype: str = "bf16", model: str = "", for
     if task.classes and not labels:
         raise SpryError(f'{folder} has no labels.json: write the names of the classes there, in order, as ["a", "b"].')
     _check_output(source, output, force)
-    seed, config = _base(folder, settings)
+    seed, config = _base(folder, settings, model)
     base = load_base(config, len(labels), seed, model, task)
     merged = _merged(PeftModel.from_pretrained(base.model, str(folder)).eval(), folder)
     if labels:
@@ -47,7 +48,7 @@ def export(source: Path, output: Path, dtype: str = "bf16", model: str = "", for
     merged.to(DTYPES[dtype]).save_pretrained(fresh)
     AutoTokenizer.from_pretrained(folder).save_pretrained(fresh)
     readme = folder / "README.md"
-    name = settings.base_model_name_or_path or config.name
+    name = public_name(config.name) if config.pooling == "mean" else settings.base_model_name_or_path or config.name
     (fresh / "README.md").write_text(merged_card(readme.read_text() if readme.is_file() else "", name, task))
     if output.exists():
         shutil.rmtree(output)
@@ -94,12 +95,22 @@ def _check_output(source: Path, output: Path, force: bool) -> None:
         raise SpryError(f"{output} holds {source} itself: give another folder.")
 
 
-def _base(folder: Path, settings: PeftConfig) -> tuple[int, ModelConfig]:
-    """Seed and base model, in full precision: of the run where this is its adapter, else as PEFT's file names it."""
-    run = folder.parent / "config.json"
+def _base(folder: Path, settings: PeftConfig, model: str) -> tuple[int, ModelConfig]:
+    """Seed and base model, in full precision: of the run where this is its adapter, else as PEFT's file names it.
+
+    Whether the classifier sees the mean of all tokens, the adapter says: a local copy of its base may not.
+    """
+    run, their = folder.parent / "config.json", settings.base_model_name_or_path or ""
+    pooling: Literal["mean", "first"] = "mean" if is_copy(their) else "first"
     if folder.name == "adapter" and run.is_file():
         config = RunConfig.from_flower(json.loads(run.read_text()))
-        name, seed = config.model.name, config.seed
+        name, revision, seed = config.model.name, config.model.revision, config.seed
     else:
-        name, seed = known_as(settings.base_model_name_or_path or ""), 0
-    return seed, ModelConfig(name=name, revision=settings.revision or "", device="cpu")
+        name, revision, seed = known_as(their), settings.revision or "", 0
+        if pooling == "mean" and not (Path(their).is_dir() or model):
+            raise SpryError(
+                f"{folder} is an adapter of {their}, which is not on this machine: a copy of a sentence encoder that "
+                "takes the mean of all tokens. The README.md of the adapter says how `spry mean-pool` makes one: give "
+                "its folder, or the encoder's, by --model."
+            )
+    return seed, ModelConfig(name=name, revision=revision, device="cpu", pooling=pooling)

@@ -35,7 +35,7 @@ def rebuild(log: Path, folder: Path, model: str = "") -> int:
     if found := difference(adapted.fingerprint, header["fingerprint"]):
         raise SpryError(
             f"The {found.what} here is not that of the run (fingerprint {found.here}, the run had {found.there}): pin "
-            f"model.revision={config.model.revision!r}, or give its copy by --model."
+            f"model.revision={config.model.revision!r}, or give a whole copy of it, 1_Pooling too, by --model."
         )
     if header["units"] != list(adapted.units):
         raise SpryError(f"{log} is of a model with the units {header['units']}; here it has {list(adapted.units)}.")

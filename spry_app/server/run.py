@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from logging import WARNING
+from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +23,7 @@ from spry_app.data import label_counts, label_names, load_corpus
 from spry_app.errors import SpryError
 from spry_app.methods import BY_MEMORY, Layout, Method, get_method
 from spry_app.models import AdaptedModel, load_model, start_from
+from spry_app.models.pooled import is_copy
 from spry_app.models.sources import public_name
 from spry_app.objectives import refuse_too_long, score
 from spry_app.offline import set_offline
@@ -107,6 +108,8 @@ def federate(grid: Grid, config: RunConfig, folder: Path, telemetry: Telemetry |
     task, labels = get_task(config.data), len(label_names(config.data))
     adapted = load_model(config.model, config.adapter, labels, config.seed, frame=frame, task=task)
     task.prepare(adapted, config.data)
+    if adapted.sees_mean:
+        log(INFO, "The classifier sees the mean of all tokens (model.pooling).")
     if config.adapter.path and not checkpoint:
         start_from(adapted, config.adapter)
     method = method.on(Layout(adapted.depths(), len(adapted.blocks)), config.client)
@@ -163,7 +166,8 @@ def _write_adapter(
     whole: bool = False,
 ) -> None:
     labels, base = label_names(config.data), public_name(config.model.name)
-    text = card(config, method, recorder.rounds, labels, base, versions())
+    pooled = is_copy(str(adapted.model.peft_config["default"].base_model_name_or_path))
+    text = card(config, method, recorder.rounds, labels, base, versions(), pooled)
     write_adapter(recorder.folder / "adapter", adapted, from_arrays(arrays), labels, text, whole)
 
 
