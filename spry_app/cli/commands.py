@@ -182,16 +182,10 @@ def mean_pool_command(
     What is written is a plain checkpoint, for other programs: `spry run` does so by itself (model.pooling).
     Exit status: 0, or 2 where that cannot be done.
     """
-    from spry_app.config import ModelConfig
-    from spry_app.models.checkpoint import explained, quiet
-    from spry_app.models.pooling import write_mean_pooled
-    from spry_app.models.sources import find
-    from spry_app.tasks import TASKS
+    from spry_app.models.checkpoint import mean_pool
 
     with refusals():
-        location = find(model)
-        with quiet(), explained(ModelConfig(name=model, revision=revision), TASKS["classification"], location):
-            write_mean_pooled(location, folder, revision)
+        mean_pool(model, folder, revision)
     print(f"Train it with --run-config 'model.name=\"{folder}\"'")
 
 

@@ -22,11 +22,11 @@ from transformers.utils import logging as transformers_logging
 from spry_app.config import ModelConfig
 from spry_app.errors import SpryError
 from spry_app.models.pooled import copy_of, wants_mean
-from spry_app.models.pooling import add_block
+from spry_app.models.pooling import add_block, write_mean_pooled
 from spry_app.models.room import check_room
 from spry_app.models.sources import EMBEDDED, find, public_name
 from spry_app.offline import advice
-from spry_app.tasks import LearningTask
+from spry_app.tasks import TASKS, LearningTask
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +95,13 @@ def load_checkpoint(
     else:
         importlib.import_module("spry_app.models.quantized").pass_tangents(model)
     return Checkpoint(model, tokenizer, head, name, revision)
+
+
+def mean_pool(name: str, folder: Path, revision: str) -> None:
+    """Write a checkpoint, named as model.name and model.revision do, as `write_mean_pooled` does. Raises SpryError."""
+    location = find(name)
+    with quiet(), explained(ModelConfig(name=name, revision=revision), TASKS["classification"], location):
+        write_mean_pooled(location, folder, revision)
 
 
 def find_device(name: str) -> torch.device:
