@@ -153,7 +153,7 @@ def test_processes_that_start_at_once_make_one_copy(tmp_path: Path, cache: Path)
         assert process.stdin
         process.stdin.write("\n")
         process.stdin.flush()
-    said = {process.communicate(timeout=300)[0] for process in processes}
+    said = {process.communicate(timeout=900)[0] for process in processes}
     (copy,) = (cache.parent / "models").glob("source-mean-*[!k]")
     assert said == {f"3 {copy}\n"}
 
