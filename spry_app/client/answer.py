@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 from flwr.app import ArrayRecord, Context, Message, RecordDict
@@ -141,6 +142,8 @@ def check_task(task: Task, node: Node, config: RunConfig) -> None:
     numbers = (task.round, task.client, task.number, task.sharing)
     if not (1 <= task.directions <= config.client.directions and all(0 <= number < 2**63 for number in numbers)):
         reason = f"{task.directions} directions, or one of the numbers {numbers}, are out of bounds"
+    if not 0 <= task.deadline_s < math.inf:
+        reason = f"a deadline of {task.deadline_s} s is none"
     if task.gradient and task.gradient not in GRADIENTS:
         reason = f"no gradient is called {task.gradient[:200]!r}"
     if reason:

@@ -127,6 +127,16 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _deadline_is_within_the_round(self) -> Self:
+        deadline, timeout = self.client.deadline_s, self.server.round_timeout_s
+        if deadline >= timeout:
+            raise ValueError(
+                f"client.deadline-s is {deadline:g}, but replies are waited for server.round-timeout-s = {timeout:g} "
+                "seconds at the most; lower the first, or raise the second"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _privacy_is_what_it_seems(self) -> Self:
         unused = PrivacyConfig(mode=self.privacy.mode)
         if not self.privacy.mode and self.privacy != unused:

@@ -66,7 +66,7 @@ class TrainReply:
     exact. slopes: K numbers for each local step (reply "slopes"), else empty. loss: mean over the trained batches.
     examples: that were trained on. forwards: what that took, in passes of one example through the model. personal:
     score of the trained model on the client's held-out rows, if asked for. peak_mib: of the first step; 0.0 if not
-    measured.
+    measured. steps: that were done, of the `steps_asked` that all of the task is.
     """
 
     tensors: Tensors
@@ -77,6 +77,13 @@ class TrainReply:
     forwards: float
     peak_mib: float = 0.0
     personal: Score | None = None
+    steps: int = 1
+    steps_asked: int = 1
+
+    @property
+    def partial(self) -> bool:
+        """Whether the deadline came before the last step."""
+        return self.steps < self.steps_asked
 
     def to_message(self, task: Message) -> Message:
         return Message(content=self.content(), reply_to=task)
@@ -89,7 +96,8 @@ class TrainReply:
             "seconds": self.seconds,
             "forwards": self.forwards,
             "peak-mib": self.peak_mib,
-            "steps": len(self.slopes),
+            "steps": self.steps,
+            "steps-asked": self.steps_asked,
             "slopes": [slope for step in self.slopes for slope in step],
         }
         if self.personal is not None:
@@ -110,6 +118,8 @@ class TrainReply:
             forwards=metrics.get("forwards", float),
             peak_mib=metrics.get("peak-mib", float),
             personal=Score.from_message(message, bounds) if scored else None,
+            steps=metrics.get("steps", int),
+            steps_asked=metrics.get("steps-asked", int),
         )
 
 
@@ -194,9 +204,11 @@ def refusal_reason(message: Message) -> str:
 
 
 def _rows(flat: list[float], rows: int) -> tuple[tuple[float, ...], ...]:
-    if not ((0 < rows <= len(flat) and len(flat) % rows == 0) or rows == len(flat) == 0):
+    if not flat:
+        return ()
+    if not (0 < rows <= len(flat) and len(flat) % rows == 0):
         raise MalformedReply(f"{len(flat)} slopes do not divide into {rows} steps")
-    width = len(flat) // max(1, rows)
+    width = len(flat) // rows
     return tuple(tuple(map(float, flat[row * width : (row + 1) * width])) for row in range(rows))
 
 

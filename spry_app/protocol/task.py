@@ -39,6 +39,7 @@ class Task:
     those alone that no scalar stands for. fingerprint: of the base model the server has.
     evaluate: also score the held-out rows after training. measure: also measure the peak memory of the first step.
     update: how the last round changed the tensors of `units`, where the method chooses directions by it; else empty.
+    deadline_s: seconds after which no local step is to end, from when the node has read the task; 0.0 for none.
     """
 
     round: int
@@ -54,6 +55,7 @@ class Task:
     measure: bool = False
     update: Tensors = field(default_factory=dict)
     catch_up: CatchUp | None = None
+    deadline_s: float = 0.0
 
     def to_message(self, node: int, message_type: str = TRAIN) -> Message:
         content = self.content()
@@ -73,6 +75,7 @@ class Task:
                 "fingerprint": self.fingerprint,
                 "evaluate": self.evaluate,
                 "measure": self.measure,
+                "deadline-s": self.deadline_s,
                 "nonce": _nonce(),
             }
         )
@@ -101,6 +104,7 @@ class Task:
             measure=config.get("measure", bool),
             update=tensors_in(message, "update") if "update" in message.content else {},
             catch_up=_read(message) if "log" in message.content else None,
+            deadline_s=config.get("deadline-s", float),
         )
 
 

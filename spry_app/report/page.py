@@ -134,8 +134,17 @@ def _costs(run: Run) -> Section | None:
     ]
     cosine = Run(run.name, noise).curve("cosine")
     charts.append(line_chart("Expected cosine of a round's step with its gradient", "round", [("all units", cosine)]))
-    privacy = run.result.get("privacy")
-    return Section("Round by round", [chart for chart in charts if chart], [str(privacy)] if privacy else [])
+    sentences = [str(run.result["privacy"])] if run.result.get("privacy") else []
+    return Section("Round by round", [chart for chart in charts if chart], sentences + _partial(run))
+
+
+def _partial(run: Run) -> list[str]:
+    partial, done, asked = (sum(number(r.get(n)) or 0 for r in run.rounds) for n in ("partial", "steps", "steps-asked"))
+    if not partial:
+        return []
+    deadline = f"client.deadline-s={run.config.get('client.deadline-s', '?')}"
+    told = f"{shown(partial)} replies were of part of their local steps"
+    return [f"With {deadline}, {told}; in all, {shown(done)} of {shown(asked)} were done."]
 
 
 def _clients(run: Run, crew: Crew) -> Section:

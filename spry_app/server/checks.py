@@ -11,9 +11,10 @@ from spry_app.protocol import LARGEST, MOST_EXAMPLES, Tensors, TrainReply, misma
 
 @dataclass(frozen=True)
 class Asked:
-    """tensors: those that must come as they are. steps, slopes: the sizes of the scalars that must come (0 steps:
-    none). passes: forward passes that an example can have taken in a step. examples: that can have been trained on.
-    score: whether a score of held-out rows may come.
+    """tensors: those that must come as they are. steps: local ones, 0 where nobody but the node knows. slopes: scalars
+    that must come of each, 0 for none. passes: forward passes that an example can have taken in a step. examples: that
+    can have been trained on in all steps. score: whether a score of held-out rows may come. partial: whether fewer
+    steps will do.
     """
 
     tensors: Tensors
@@ -22,6 +23,7 @@ class Asked:
     passes: float
     examples: int
     score: bool
+    partial: bool = False
 
 
 def problem(reply: TrainReply, asked: Asked) -> str:
@@ -32,8 +34,11 @@ def problem(reply: TrainReply, asked: Asked) -> str:
         reply.personal is not None and not (asked.score and reply.personal.examples)
     ):
         return f"its measurements are impossible: peak {reply.peak_mib} MiB, {reply.seconds} s, score {reply.personal}"
-    if not 1 <= reply.examples <= asked.examples:
-        return f"it was trained on {reply.examples} examples; it can be 1 to {asked.examples}"
+    if reason := _step_problem(reply, asked):
+        return reason
+    most = asked.examples * reply.steps // reply.steps_asked
+    if not 1 <= reply.examples <= most:
+        return f"it was trained on {reply.examples} examples; it can be 1 to {most}"
     # None at all where a head is trained on hidden states that were at hand.
     if not 0 <= reply.forwards <= reply.examples * asked.passes * (1 + 1e-6):
         return f"its {reply.examples} examples cannot have taken {reply.forwards} forward passes"
@@ -50,10 +55,19 @@ def most_examples(steps: int, config: ClientConfig) -> int:
     return steps * config.batch_size if steps else MOST_EXAMPLES * config.local_epochs
 
 
+def _step_problem(reply: TrainReply, asked: Asked) -> str:
+    whole = asked.steps or reply.steps_asked
+    if not (reply.steps_asked == whole <= MOST_EXAMPLES and (1 if asked.partial else whole) <= reply.steps <= whole):
+        least = f"{'1' if asked.partial else 'all'} of {asked.steps or 'them'}"
+        return f"it did {reply.steps} of {reply.steps_asked} local steps; asked for were at least {least}"
+    return ""
+
+
 def _slope_problem(reply: TrainReply, asked: Asked) -> str:
-    if len(reply.slopes) != asked.steps or any(len(step) != asked.slopes for step in reply.slopes):
+    steps = reply.steps if asked.slopes else 0
+    if len(reply.slopes) != steps or any(len(step) != asked.slopes for step in reply.slopes):
         got = f"{len(reply.slopes)} steps of {len(reply.slopes[0]) if reply.slopes else 0}"
-        return f"it holds {got} slopes; asked for were {asked.steps} steps of {asked.slopes}"
+        return f"it holds {got} slopes; asked for were {steps} steps of {asked.slopes}"
     if not all(math.isfinite(slope) for step in reply.slopes for slope in step):
         return "a slope is not finite"
     if any(abs(slope) > LARGEST for step in reply.slopes for slope in step):

@@ -35,7 +35,8 @@ class Round:
     start, in passes of one example through the model (autodiff.costs); evaluation is not counted. seconds: since the
     start. client_seconds: of the slowest client. peak_mib: of the first step of one client, a different one each time.
     asked, answered, refused: clients; refused replies were not used. clipped: replies that asked for more than a client
-    may (clipping.py), and were used as far as it may. noise: of the mean of the clients' changes
+    may (clipping.py), and were used as far as it may. partial: replies of part of their local steps
+    (`client.deadline-s`); steps, steps_asked: of all replies that were used. noise: of the mean of the clients' changes
     (methods.noise): "signal-to-noise" and "cosine" with what would be left without noise, over all units but an exact
     head, and the same of each unit, with how many independent "estimates" that was measured from (1: from theory).
     epsilon: that all rounds so far have cost, at `privacy.delta`. sampled_from: clients from which `asked` were drawn
@@ -61,6 +62,9 @@ class Round:
     answered: int = 0
     refused: int = 0
     clipped: int = 0
+    partial: int = 0
+    steps: int = 0
+    steps_asked: int = 0
     noise: dict[str, Any] | None = None
     epsilon: float | None = None
     sampled_from: int | None = None
@@ -167,7 +171,8 @@ class Recorder:
         self.roster.used(task.client for task, _ in accepted)
         replies = [reply for _, reply in accepted]
         now, self._forwards = self.current, self._forwards + sum(reply.forwards for reply in replies)
-        now.answered = len(replies)
+        now.answered, now.partial = len(replies), sum(reply.partial for reply in replies)
+        now.steps, now.steps_asked = sum(r.steps for r in replies), sum(r.steps_asked for r in replies)
         if not replies:
             return
         now.train_loss = sum(reply.loss * reply.examples for reply in replies) / sum(r.examples for r in replies)
@@ -228,8 +233,9 @@ class Recorder:
             "epsilon": now.epsilon,
         }
         numbers = "".join(f"  {name} {value:.4f}" for name, value in shown.items() if value is not None)
+        partial = f" ({now.partial} partial)" if now.partial else ""
         left = now.seconds / now.round * (now.rounds - now.round) if now.round else 0.0
         return (
-            f"round {now.round}/{now.rounds}{numbers}  clients {now.answered}/{now.asked}  "
+            f"round {now.round}/{now.rounds}{numbers}  clients {now.answered}/{now.asked}{partial}  "
             f"sent {now.mib_down:.2f} MiB  received {now.mib_up:.2f} MiB  {left:.0f} s left"
         )

@@ -134,6 +134,7 @@ class SpryStrategy(Strategy):
                 evaluate=due and not self.config.privacy.mode,
                 measure=due and index == server_round % len(seats_of),
                 update=self.update_for(share, share.gradient),
+                deadline_s=self.config.client.deadline_s,
             )
             for index, (node, share, seat) in enumerate(zip(clients.nodes, clients.shares, seats_of, strict=True))
         }
@@ -188,7 +189,7 @@ class SpryStrategy(Strategy):
             raise SpryError(f"No usable reply in {MOST_BARREN_ROUNDS} rounds; round {server_round}:\n{reasons}")
         if not accepted:
             return None, None
-        before, accepted = self.snapshot(), self.guard.replies(accepted)
+        before, accepted = self.snapshot(), self.guard.replies(self.combiner.in_full(accepted))
         entry = self.entry(accepted)
         self.state.step(server_round, self.pseudo_gradient(accepted), self.combiner.hands(accepted))
         self.combiner.learn(accepted)
@@ -257,11 +258,12 @@ class SpryStrategy(Strategy):
         steps = local_steps(self.method, client)
         asked = Asked(
             tensors={name: tensors[name] for name in as_they_are},
-            steps=steps if tensors.keys() - as_they_are else 0,
-            slopes=task.directions * gradient.slopes_per_direction,
+            steps=steps,
+            slopes=task.directions * gradient.slopes_per_direction if tensors.keys() - as_they_are else 0,
             passes=most_forwards(gradient, task.directions),
             examples=most_examples(steps, client),
             score=task.evaluate,
+            partial=task.deadline_s > 0,
         )
         return problem(reply, asked)
 
