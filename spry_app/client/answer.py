@@ -11,6 +11,7 @@ from spry_app.autodiff.budget import Slices
 from spry_app.autodiff.gradients import GRADIENTS
 from spry_app.autodiff.memory import is_out_of_memory, return_freed_memory
 from spry_app.client.catch_up import tensors_of
+from spry_app.client.device import device_of
 from spry_app.client.node import Node, load_node
 from spry_app.client.privacy import check_scoring, protected
 from spry_app.client.slicing import give_less, most_at_once, slices_of
@@ -75,6 +76,7 @@ def introduce(node: Node, message: Message, method: Method, config: RunConfig, s
         digest=digest(node.start),
         memory_mib=node.memory_mib,
         gradients=trusted(node, method.gradient, most_at_once(node, config), method.assign in BY_MEMORY),
+        device=device_of(node, config),
     )
 
 

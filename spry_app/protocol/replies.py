@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
 from spry_app.errors import OutOfMemory, SpryError
+from spry_app.protocol.device import Device
 from spry_app.protocol.records import LARGEST, MalformedReply, Record, Tensors, content_of, tensors_in, to_arrays
 
 MOST_EXAMPLES = 2**31
@@ -129,7 +130,7 @@ class Introduction:
 
     partition: its number among the nodes, -1 if it has none. fingerprint: of its base model. examples, heldout: rows.
     digest: of the tensors that it starts from. memory_mib: what a training step may take on it, 0.0 if it does not say.
-    gradients: names of those that it can take for a task.
+    gradients: names of those that it can take for a task. device: its machine.
     """
 
     partition: int
@@ -139,6 +140,7 @@ class Introduction:
     digest: str
     memory_mib: float = 0.0
     gradients: tuple[str, ...] = ()
+    device: Device = field(default_factory=Device)
 
     def to_message(self, task: Message) -> Message:
         config = ConfigRecord(
@@ -150,6 +152,7 @@ class Introduction:
                 "digest": self.digest,
                 "memory-mib": self.memory_mib,
                 "gradients": list(self.gradients),
+                **self.device.stated(),
             }
         )
         return Message(content=RecordDict({"introduction": config}), reply_to=task)
@@ -169,6 +172,7 @@ class Introduction:
             digest=config.get("digest", str),
             memory_mib=memory_mib,
             gradients=config.words("gradients"),
+            device=Device.of(config),
         )
         if not (0 <= found.examples <= MOST_EXAMPLES and 0 <= found.heldout <= MOST_EXAMPLES):
             raise MalformedReply(f"impossible rows: {found.examples}, and {found.heldout} held out")

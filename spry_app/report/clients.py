@@ -99,13 +99,33 @@ def labels_grid(run: Run, crew: Crew) -> Grid | None:
 
 def node_table(crew: Crew) -> tuple[list[str], list[list[str]]]:
     """What each node said of itself."""
-    head = ["client", "node", "training rows", "held-out rows", "memory for a step"]
+    head = ["client", "node", "training rows", "held-out rows", "memory for a step", "computes on"]
+    head += ["forward pass of an example", "free memory", "power", "gradients"]
     rows = []
     for node in crew.nodes:
-        memory = number(node.get("memory-mib"))
         told = [str(node.get(key, "-")) for key in ("node", "examples", "heldout")]
-        rows.append([crew.name(node.get("node")), *told, f"{memory:g} MiB" if memory else "not stated"])
+        measured = [_stated(node, *column) for column in _NUMBERS]
+        kinds = node.get("gradients")
+        gradients = ", ".join(map(str, kinds)) if isinstance(kinds, list) else ""
+        told += [measured[0], str(node.get("accelerator") or UNKNOWN), *measured[1:]]
+        rows.append([crew.name(node.get("node")), *told, _power(node), gradients or UNKNOWN])
     return head, sorted(rows, key=lambda row: _place(row[0]))
+
+
+UNKNOWN = "not stated"
+_NUMBERS = (("memory-mib", "MiB"), ("forward-ms", "ms"), ("free-mib", "MiB"))
+
+
+def _stated(node: Row, key: str, unit: str) -> str:
+    value = number(node.get(key))
+    return f"{value:.5g} {unit}" if value else UNKNOWN
+
+
+def _power(node: Row) -> str:
+    percent = number(node.get("battery-percent"))
+    source = {True: "mains", False: "battery"}.get(node["plugged"]) if isinstance(node.get("plugged"), bool) else None
+    parts = [source, None if percent is None else f"{percent:.0f} %"]
+    return ", ".join(part for part in parts if part) or UNKNOWN
 
 
 def units_grid(crew: Crew) -> Grid | None:

@@ -24,6 +24,7 @@ from spry_app.protocol import (
     size_bytes,
     with_frame,
 )
+from spry_app.server.devices import sentence
 from spry_app.server.letters import Letters
 
 _POLL_S = 0.5
@@ -100,6 +101,10 @@ class Fleet:
         least = [min(own, self._limits.get(node, math.inf)) for node, own in zip(nodes, stated, strict=True)]
         return [0.0 if memory == math.inf else memory for memory in least]
 
+    def forward_ms(self, nodes: Sequence[int]) -> list[float]:
+        """How long a forward pass of an example takes on each of these available nodes; 0.0 where it has not said."""
+        return [self.introductions[node].device.forward_ms or 0.0 for node in nodes]
+
     def gradients(self, nodes: Sequence[int]) -> list[tuple[str, ...]]:
         """Names of those that each of these available nodes can take."""
         return [self.introductions[node].gradients for node in nodes]
@@ -165,6 +170,8 @@ class Fleet:
         for node in nodes:
             if node not in self.introductions:
                 self._fail(node, failures[node])
+        if met := [self.introductions[node] for node in nodes if node in self.introductions]:
+            log(INFO, "%s", sentence(met))
 
     def _fail(self, node: int, reason: str) -> None:
         """What was the node's own answer stays; what happened to it may pass."""

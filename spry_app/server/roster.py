@@ -15,6 +15,7 @@ from typing import Any
 from spry_app.atomic import write_whole
 from spry_app.config import RunConfig
 from spry_app.protocol import Introduction, Task
+from spry_app.server.devices import kept
 
 Labels = tuple[tuple[str, ...], list[list[int]]]
 """Names of the labels, and of every shard its rows of each."""
@@ -71,8 +72,8 @@ class Roster:
         nodes: list[dict[str, Any]] = []
         for node, said in sorted(introduced.items(), key=lambda item: (item[1].partition, item[0])):
             told = asdict(said)
-            kept = {name: told[name] for name in ("partition", "examples", "heldout")}
-            nodes.append({"node": str(node), **kept, "memory-mib": said.memory_mib})
+            rows = {name: told[name] for name in ("partition", "examples", "heldout")}
+            nodes.append({"node": str(node), **rows, **kept(said)})
         found = self.labels(len(nodes))
         if found is None or not _agree(nodes, found[1]):
             return {"nodes": nodes}
