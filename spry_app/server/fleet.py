@@ -55,8 +55,8 @@ class Fleet:
         self._refused: dict[int, str] = {}
         """Nodes that are not asked again, and why."""
         self._failed: Counter[int] = Counter()
-        self._limits: dict[int, float] = {}
-        """Of nodes that were out of memory, MiB."""
+        self.limits: dict[int, float] = {}
+        """Of nodes that were out of memory, MiB; a checkpoint keeps them."""
 
     def available(self, grid: Grid) -> list[int]:
         """Connected, usable nodes, in the order of their partitions (node ids differ from run to run).
@@ -98,7 +98,7 @@ class Fleet:
     def memory_mib(self, nodes: Sequence[int]) -> list[float]:
         """What a training step may take on each of these available nodes, MiB; 0.0 where it has not said."""
         stated = (self.introductions[node].memory_mib or math.inf for node in nodes)
-        least = [min(own, self._limits.get(node, math.inf)) for node, own in zip(nodes, stated, strict=True)]
+        least = [min(own, self.limits.get(node, math.inf)) for node, own in zip(nodes, stated, strict=True)]
         return [0.0 if memory == math.inf else memory for memory in least]
 
     def forward_ms(self, nodes: Sequence[int]) -> list[float]:
@@ -111,7 +111,7 @@ class Fleet:
 
     def limit(self, node: int, memory_mib: float) -> None:
         """From now on it may take no more than so much, whatever it has said."""
-        self._limits[node] = min(memory_mib, self._limits.get(node, math.inf))
+        self.limits[node] = min(memory_mib, self.limits.get(node, math.inf))
 
     def examples(self, nodes: Sequence[int]) -> list[int]:
         """How many rows each of these available nodes trains on, as it says."""

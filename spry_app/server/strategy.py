@@ -97,7 +97,7 @@ class SpryStrategy(Strategy):
         """Everything that the next round depends on."""
         progress = Progress(self.recorder.current.round, self.state.round, self.barren_rounds)
         kept = self.combiner.weighting.kept
-        return Checkpoint(progress, self.snapshot(), self.state.optimizer.moments, self.update, kept)
+        return Checkpoint(progress, self.snapshot(), self.state.optimizer.moments, self.update, kept, self.fleet.limits)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on after its round. Clients are then new to the downlink, which sends them every tensor at first."""
@@ -105,6 +105,7 @@ class SpryStrategy(Strategy):
         self.state.load(progress.state_round, checkpoint.tensors, checkpoint.moments)
         self.update, self.barren_rounds, self.rounds_before = checkpoint.update, progress.barren_rounds, progress.round
         self.combiner.weighting.load(checkpoint.weighting)
+        self.fleet.limits = dict(checkpoint.limits)
         self.downlink = DOWNLINKS[self.method.send](self.state)
 
     def configure_train(
