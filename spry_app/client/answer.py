@@ -141,7 +141,7 @@ def check_task(task: Task, node: Node, config: RunConfig) -> None:
     reason = mismatch(task.tensors, node.start) or mismatch(task.update, known)
     if unknown := sorted(set(task.units) - node.adapted.units.keys()):
         reason = f"units that this model has not: {len(unknown)}, {unknown[0][:200]!r} among them"
-    numbers = (task.round, task.client, task.number, task.sharing)
+    numbers = (task.round, task.client, task.number, task.sharing, task.steps)
     if not (1 <= task.directions <= config.client.directions and all(0 <= number < 2**63 for number in numbers)):
         reason = f"{task.directions} directions, or one of the numbers {numbers}, are out of bounds"
     if not 0 <= task.deadline_s < math.inf:

@@ -20,7 +20,7 @@ from spry_app.client.step import Step
 from spry_app.config import RunConfig
 from spry_app.data import batches
 from spry_app.methods import Method
-from spry_app.methods.replay import exact_names, local_optimizer, local_steps
+from spry_app.methods.replay import exact_names, local_optimizer, steps_in_full
 from spry_app.prefix import PrefixCache, may_start_at
 from spry_app.protocol import Score, Task, TrainReply
 
@@ -41,8 +41,8 @@ def train(
         gradient = method.pick.gradient(method.gradient, task.update, config.client)
         alone = by_example(task, len(node.train), config)
         step = Step(node, gradient, exact, task.directions, slices, prefix, suffix, alone)
-        asked = _steps(len(node.train), method, config)
-        steps = _local_batches(asked, len(node.train), task, config)
+        whole = steps_in_full(len(node.train), method, config.client)
+        steps = _local_batches(min(whole, task.steps or whole), len(node.train), task, config)
         for number, rows in enumerate(until(started + (task.deadline_s or math.inf), steps, clock)):
             seed = dataclasses.replace(first, step=number)
             if task.measure and number == 0:
@@ -61,7 +61,7 @@ def train(
         peak_mib=peak,
         personal=_personal(node, task, local.tensors, config, slices) if task.evaluate else None,
         steps=local.steps,
-        steps_asked=asked,
+        steps_asked=whole,
     )
 
 
@@ -83,12 +83,6 @@ def prefix_of(node: Node, own: Iterable[str], config: RunConfig) -> Iterator[Pre
         yield cache
     finally:
         cache.close()
-
-
-def _steps(rows: int, method: Method, config: RunConfig) -> int:
-    """Of a task: as many as the config fixes, or whole passes."""
-    client = config.client
-    return local_steps(method, client) or client.local_epochs * math.ceil(rows / client.batch_size)
 
 
 def _local_batches(steps: int, rows: int, task: Task, config: RunConfig) -> Iterator[list[int]]:

@@ -67,7 +67,7 @@ class TrainReply:
     exact. slopes: K numbers for each local step (reply "slopes"), else empty. loss: mean over the trained batches.
     examples: that were trained on. forwards: what that took, in passes of one example through the model. personal:
     score of the trained model on the client's held-out rows, if asked for. peak_mib: of the first step; 0.0 if not
-    measured. steps: that were done, of the `steps_asked` that all of the task is.
+    measured. steps: that were done, of the `steps_asked` that all of it is on this node, where a Task may want fewer.
     """
 
     tensors: Tensors

@@ -34,7 +34,8 @@ class Task:
     """What the server asks of one node: to train `units`, or (message type EVALUATE) to score `tensors`.
 
     round: from 1. client: position among this round's clients, which decides the order of its rows. number, sharing,
-    directions: which directions it takes, and how many a batch (methods.replay.Seat). gradient: name of the one that it
+    directions: which directions it takes, and how many a batch (methods.replay.Seat). steps: at most so many
+    local ones; 0 for all that there are. gradient: name of the one that it
     takes, where that is not the method's (Method.taking). tensors: every trainable tensor (fp32), or with `catch_up`
     those alone that no scalar stands for. fingerprint: of the base model the server has.
     evaluate: also score the held-out rows after training. measure: also measure the peak memory of the first step.
@@ -56,6 +57,7 @@ class Task:
     update: Tensors = field(default_factory=dict)
     catch_up: CatchUp | None = None
     deadline_s: float = 0.0
+    steps: int = 0
 
     def to_message(self, node: int, message_type: str = TRAIN) -> Message:
         content = self.content()
@@ -70,6 +72,7 @@ class Task:
                 "number": self.number,
                 "sharing": self.sharing,
                 "directions": self.directions,
+                "steps": self.steps,
                 "gradient": self.gradient,
                 "units": list(self.units),
                 "fingerprint": self.fingerprint,
@@ -105,6 +108,7 @@ class Task:
             update=tensors_in(message, "update") if "update" in message.content else {},
             catch_up=_read(message) if "log" in message.content else None,
             deadline_s=config.get("deadline-s", float),
+            steps=config.get("steps", int),
         )
 
 

@@ -1,12 +1,16 @@
 """Is a reply fit to be averaged? Names, shapes, numbers within reason, and nothing that was not asked for."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Self
 
 from spry_app.autodiff.costs import Cost
 from spry_app.autodiff.gradients import Gradient
 from spry_app.config import ClientConfig
-from spry_app.protocol import LARGEST, MOST_EXAMPLES, Tensors, TrainReply, mismatch
+from spry_app.methods import Method
+from spry_app.methods.replay import local_steps
+from spry_app.protocol import LARGEST, MOST_EXAMPLES, Task, Tensors, TrainReply, mismatch
 
 
 @dataclass(frozen=True)
@@ -14,7 +18,7 @@ class Asked:
     """tensors: those that must come as they are. steps: local ones, 0 where nobody but the node knows. slopes: scalars
     that must come of each, 0 for none. passes: forward passes that an example can have taken in a step. examples: that
     can have been trained on in all steps. score: whether a score of held-out rows may come. partial: whether fewer
-    steps will do.
+    steps will do. most_steps: no more than so many; 0 for all.
     """
 
     tensors: Tensors
@@ -24,6 +28,31 @@ class Asked:
     examples: int
     score: bool
     partial: bool = False
+    most_steps: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        task: Task,
+        tensors: Tensors,
+        exact: Collection[str],
+        gradient: Gradient,
+        method: Method,
+        config: ClientConfig,
+    ) -> Self:
+        """tensors: of the task's units. exact: those that no scalar stands for. gradient: of the task."""
+        as_they_are = tensors.keys() & exact if method.reply == "slopes" else tensors.keys()
+        steps = local_steps(method, config)
+        return cls(
+            tensors={name: tensors[name] for name in as_they_are},
+            steps=steps,
+            slopes=task.directions * gradient.slopes_per_direction if tensors.keys() - as_they_are else 0,
+            passes=most_forwards(gradient, task.directions),
+            examples=most_examples(steps, config),
+            score=task.evaluate,
+            partial=task.deadline_s > 0,
+            most_steps=task.steps,
+        )
 
 
 def problem(reply: TrainReply, asked: Asked) -> str:
@@ -57,9 +86,11 @@ def most_examples(steps: int, config: ClientConfig) -> int:
 
 def _step_problem(reply: TrainReply, asked: Asked) -> str:
     whole = asked.steps or reply.steps_asked
-    if not (reply.steps_asked == whole <= MOST_EXAMPLES and (1 if asked.partial else whole) <= reply.steps <= whole):
-        least = f"{'1' if asked.partial else 'all'} of {asked.steps or 'them'}"
-        return f"it did {reply.steps} of {reply.steps_asked} local steps; asked for were at least {least}"
+    most = min(whole, asked.most_steps or whole)
+    if not (reply.steps_asked == whole <= MOST_EXAMPLES and (1 if asked.partial else most) <= reply.steps <= most):
+        least = f"{'1' if asked.partial else asked.most_steps or 'all'} of {asked.steps or 'them'}"
+        more = f", at most {asked.most_steps}" if asked.most_steps else ""
+        return f"it did {reply.steps} of {reply.steps_asked} local steps; asked for were at least {least}{more}"
     return ""
 
 

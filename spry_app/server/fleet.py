@@ -13,6 +13,7 @@ from flwr.serverapp import Grid
 
 from spry_app.config import ServerConfig
 from spry_app.errors import SpryError
+from spry_app.methods import Pace
 from spry_app.protocol import (
     Introduction,
     MalformedReply,
@@ -101,9 +102,10 @@ class Fleet:
         least = [min(own, self.limits.get(node, math.inf)) for node, own in zip(nodes, stated, strict=True)]
         return [0.0 if memory == math.inf else memory for memory in least]
 
-    def forward_ms(self, nodes: Sequence[int]) -> list[float]:
-        """How long a forward pass of an example takes on each of these available nodes; 0.0 where it has not said."""
-        return [self.introductions[node].device.forward_ms or 0.0 for node in nodes]
+    def paces(self, nodes: Sequence[int]) -> list[Pace]:
+        """How fast each of these available nodes is, and how much there is to do on it, as it says."""
+        found = (self.introductions[node] for node in nodes)
+        return [Pace(said.device.forward_ms or 0.0, said.examples) for said in found]
 
     def gradients(self, nodes: Sequence[int]) -> list[tuple[str, ...]]:
         """Names of those that each of these available nodes can take."""
