@@ -71,11 +71,21 @@ def test_the_time_of_a_pass_is_the_least_of_a_few_by_row(node: Node, run_config:
 
 
 def test_slow_passes_are_few(node: Node, run_config: dict, monkeypatch: Any) -> None:
-    """None is begun after two seconds; with a budget one row passes at a time."""
-    passes = Passes(monkeypatch, 1.5, 1.2)
-    config = RunConfig.from_flower(run_config | {"client.memory-budget-mib": 64.0})
-    assert device_of(node, config).forward_ms == pytest.approx(1200)
-    assert len(passes.rows) == 1
+    """None is begun after two seconds."""
+    Passes(monkeypatch, 1.5, 1.2)
+    assert device_of(node, RunConfig.from_flower(run_config)).forward_ms == pytest.approx(1200 / 4)
+
+
+@pytest.mark.parametrize(("budget", "rows"), [(10.0, 1), (64.0, 2), (1000.0, 4)])
+def test_a_budget_holds_in_the_passes_that_are_timed_too(
+    budget: float, rows: int, node: Node, run_config: dict, monkeypatch: Any
+) -> None:
+    """Where a row takes 30 MiB."""
+    passes = Passes(monkeypatch, *[0.8] * 9)
+    monkeypatch.setattr(device, "peak_mib", lambda one_pass, where: 30.0)
+    boxed = dataclasses.replace(node, memory_mib=budget)
+    assert device_of(boxed, RunConfig.from_flower(run_config)).forward_ms == pytest.approx(800 / rows)
+    assert len(passes.rows) == rows
 
 
 def test_a_pass_is_timed_as_the_clock_has_it(node: Node, run_config: dict) -> None:

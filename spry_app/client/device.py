@@ -3,6 +3,7 @@
 import os
 import platform
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from weakref import WeakKeyDictionary
 
@@ -10,11 +11,10 @@ import psutil
 import torch
 from torch.nn import Module
 
-from spry_app.autodiff.budget import SMALLEST
 from spry_app.autodiff.directions import Seed
-from spry_app.autodiff.memory import MIB
-from spry_app.autodiff.workspace import DEFAULT_BYTES, workspace
+from spry_app.autodiff.memory import MIB, peak_mib
 from spry_app.client.node import Node
+from spry_app.client.slicing import budget_mib, rows_as_set
 from spry_app.config import RunConfig
 from spry_app.models.room import free_bytes
 from spry_app.objectives import objective
@@ -26,8 +26,8 @@ MOST_S = 2.0
 """After which no further pass is begun."""
 SOME = 256
 """Rows, about, among which that of median length is looked for."""
-_timed: WeakKeyDictionary[Module, dict[tuple[int, int], float]] = WeakKeyDictionary()
-"""Milliseconds by rows at once and length: nodes in one process share the model."""
+_timed: WeakKeyDictionary[Module, dict[tuple[str, int, int], float]] = WeakKeyDictionary()
+"""Milliseconds by budget, rows at once and length: nodes in one process share the model."""
 
 
 def device_of(node: Node, config: RunConfig) -> Device:
@@ -56,26 +56,36 @@ def _name(device: torch.device) -> str:
 
 @torch.no_grad()
 def _forward_ms(node: Node, config: RunConfig) -> float:
-    """Of one example of the node's median length, so many at once as a step may have; one where it has a budget, and
-    then with the smallest temporaries, for what fits beyond that is found by trial when it trains (slicing.py).
+    """Of one example of the node's median length, with as many at once as a step may have and the node's budget holds:
+    what passes alone takes longer.
     """
-    budgeted = node.memory_mib or config.client.memory_budget_mib
-    most = config.most_rows_at_once
-    at_once = 1 if budgeted else min(config.client.micro_batch or most, most)
     some = node.train.by_length(range(0, len(node.train), max(1, len(node.train) // SOME)))
-    middle = some[len(some) // 2]
-    known = _timed.setdefault(node.adapted.model, {})
-    key = (at_once, node.train.length(middle))
+    middle, known = some[len(some) // 2], _timed.setdefault(node.adapted.model, {})
+    budget = str(node.memory_mib or config.client.memory_budget_mib)
+    key = (budget, rows_as_set(config), node.train.length(middle))
     if key not in known:
-        with workspace(SMALLEST.workspace_bytes if budgeted else DEFAULT_BYTES):
-            known[key] = 1e3 * _seconds(node, [middle] * at_once) / at_once
+        rows = [middle] * _at_once(node, config, middle)
+        known[key] = 1e3 * _seconds(_pass(node, rows)) / len(rows)
     return known[key]
 
 
-def _seconds(node: Node, rows: list[int]) -> float:
-    loss, begun, turns = objective(node.adapted, node.train, rows, Seed(0, 0, 0, 0)), time.perf_counter(), list[float]()
+def _pass(node: Node, rows: list[int]) -> Callable[[], float]:
+    loss = objective(node.adapted, node.train, rows, Seed(0, 0, 0, 0))
+    return lambda: float(loss(node.start))
+
+
+def _at_once(node: Node, config: RunConfig, row: int) -> int:
+    budget, most = budget_mib(node, config), rows_as_set(config)
+    if not budget or most == 1:
+        return most
+    one = peak_mib(_pass(node, [row]), node.adapted.device)
+    return max(1, min(most, int(budget / one))) if one > 0 else most
+
+
+def _seconds(one_pass: Callable[[], float]) -> float:
+    begun, turns = time.perf_counter(), list[float]()
     while len(turns) < TURNS and time.perf_counter() - begun < MOST_S:
         started = time.perf_counter()
-        float(loss(node.start))
+        one_pass()
         turns.append(time.perf_counter() - started)
     return min(turns)
