@@ -19,6 +19,8 @@ from spry_app.launcher.logs import read
 DEADLINE_S = 60.0
 SLACK_S = 15.0
 """Of a busy machine, beside a deadline: Flower looks for replies every few seconds."""
+STEPS_S = 30.0
+"""That clients have for their steps."""
 FORGOTTEN_S = 75.0
 """After which Flower has given up a process whose heartbeats have ended: twice 30 s, and a look."""
 
@@ -159,6 +161,25 @@ def slow(ground: Ground) -> Row:
     return run.row(f"{_said(run, 2)}; the node answers from round {run.back(2)} on")
 
 
+def partial(ground: Ground) -> Row:
+    """The worker stands still until its deadline is over, in the middle of a task."""
+    node = ground.nodes["first"]
+    keys = {"client.deadline-s": STEPS_S, "client.local-steps": 512, "num-server-rounds": ROUNDS + 1}
+    run = ground.submit(**keys)
+    run.until_round(1)
+    run.until_training(node)
+    stopped, over = node.worker.process(), time.monotonic() + STEPS_S
+    kill(stopped, signal.SIGSTOP)
+    run.until(lambda: time.monotonic() > over, "the deadline")
+    kill(stopped, signal.SIGCONT)
+    run.completed()
+    second = run.round(2)
+    done, asked = second["steps"], second["steps-asked"]
+    promise((second["answered"], second["reasons"]) == (2, []), f"nobody is lost; {second['reasons']}")
+    promise(second["partial"] >= 1 and 2 <= done < asked == 1024, f"part of the steps; {done} of {asked}")
+    return run.row(f"2 of 2 answer in round 2, with {done} of {asked} local steps")
+
+
 def late(ground: Ground) -> Row:
     run = ground.submit(**{"num-server-rounds": ROUNDS + 4})
     run.until_round(1)
@@ -196,6 +217,7 @@ DRILLS = (
     Drill("superlink", "SuperLink killed, started again", superlink),
     Drill("server-app", "server app killed", server_app),
     Drill("slow", f"a node slower than the deadline ({DEADLINE_S:g} s)", slow),
+    Drill("partial", f"a node slower than client.deadline-s ({STEPS_S:g} s)", partial),
     Drill("late", "a node that joins late", late),
     Drill("disk", "disk full at the server", disk),
 )

@@ -19,6 +19,11 @@ def backward(deal: Deal) -> list[Share]:
     return [Share(deal.units, "forward-mode" if client else "") for client in range(deal.clients)]
 
 
+def fewer(deal: Deal) -> list[Share]:
+    """Every unit to everyone; to the first client one local step of it."""
+    return [Share(deal.units, steps=0 if client else 1) for client in range(deal.clients)]
+
+
 def unknown(deal: Deal) -> list[Share]:
     return [Share(deal.units, "psychic") for client in range(deal.clients)]
 
@@ -28,4 +33,6 @@ mixed_gradient = dataclasses.replace(METHODS["fedsgd"], gradient=GRADIENTS["forw
 mixed_slopes = dataclasses.replace(METHODS["spry-per-iteration"], assign=unequal)
 mixed_nearest = dataclasses.replace(METHODS["fwdllm"], assign=unequal)
 mostly_exact = dataclasses.replace(METHODS["fedavg"], assign=backward)
+fewer_steps = dataclasses.replace(METHODS["spry"], assign=fewer)
+fewer_slopes = dataclasses.replace(METHODS["spry-per-iteration"], assign=fewer)
 nowhere: Method = dataclasses.replace(METHODS["spry"], assign=unknown)

@@ -18,6 +18,7 @@ from spry_app.methods import METHODS, get_method
 from spry_app.methods.assignment import Deal
 from spry_app.methods.by_device import by_device
 from spry_app.protocol import introduction_request, lacks_memory, refusal, refusal_reason
+from spry_app.server.checkpoint import load
 from spry_app.server.memory import step_memory
 from spry_app.server.run import _test_rows, federate
 
@@ -156,6 +157,19 @@ def test_a_fleet_of_unequal_boxes_trains_and_one_that_ran_out_is_given_less(run_
     assert [(line.answered, line.refused) for line in lines] == [(2, 1), (3, 0), (3, 0)]
 
 
+def test_a_node_that_ran_out_of_memory_has_less_after_a_resume_too(run_config: dict, tmp_path: Path) -> None:
+    """In a server that never saw it fail, whatever the node says then."""
+    boxes = ({}, {"memory-budget-mib": 400.0}, {"memory-budget-mib": 60.0})
+    grid = LocalGrid(3, run_config, own=boxes)
+    nodes = list(grid.contexts)
+    first, second = (Federation(tmp_path / name, run_config) for name in ("first", "second"))
+    first.strategy.fleet.limit(nodes[1], 150.0)
+    first.strategy.checkpoint().save(tmp_path / "first")
+    second.strategy.resume(load(tmp_path / "first", second.config))
+    assert second.strategy.fleet.available(grid) == nodes  # type: ignore[arg-type]
+    assert second.strategy.fleet.memory_mib(nodes) == [0.0, 150.0, 60.0]
+
+
 def test_a_budget_that_holds_no_step_of_the_share_is_told_to_the_server(run_config: dict, tmp_path: Path) -> None:
     """Not when the node introduces itself, when its share is not known yet."""
     federation = Federation(tmp_path, run_config)
@@ -163,8 +177,7 @@ def test_a_budget_that_holds_no_step_of_the_share_is_told_to_the_server(run_conf
     federation.start(2, rounds=1, own=({}, {"memory-budget-mib": 0.001}))
     assert federation.recorder.current.refused == 1
     assert "its budget is 0.0 MiB" in federation.recorder.current.reasons[0]
-    node = federation.strategy.fleet._limits
-    assert list(node.values()) == [0.5]
+    assert list(federation.strategy.fleet.limits.values()) == [0.5]
 
 
 def test_an_exact_step_takes_more_the_lower_it_begins(run_config: dict, tmp_path: Path) -> None:

@@ -47,12 +47,13 @@ def test_a_task_arrives_as_it_was_sent() -> None:
 @pytest.mark.parametrize("personal", [None, Score(1.5, {"correct": 3}, 4)])
 @pytest.mark.parametrize("slopes", [(), ((0.1, -1e-30), (1e30, 2.0))])
 def test_a_reply_arrives_as_it_was_sent(personal: Score | None, slopes: tuple) -> None:
-    reply = TrainReply(TENSORS, slopes, 0.25, 16, 1.0, 37.5, 12.5, personal)
+    reply = TrainReply(TENSORS, slopes, 0.25, 16, 1.0, 37.5, 12.5, personal, steps=2, steps_asked=5)
     arrived = TrainReply.from_message(wire(reply.to_message(TASK.to_message(5))), CORRECT)
     assert same(arrived.tensors, TENSORS)
     assert arrived.slopes == slopes
     assert (arrived.loss, arrived.examples, arrived.peak_mib, arrived.personal) == (0.25, 16, 12.5, personal)
     assert (arrived.seconds, arrived.forwards) == (1.0, 37.5)
+    assert (arrived.steps, arrived.steps_asked) == (2, 5)
 
 
 def test_the_largest_seed_and_partition_survive() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 from flwr.app import ArrayRecord, Context, Message, RecordDict
@@ -10,6 +11,7 @@ from spry_app.autodiff.budget import Slices
 from spry_app.autodiff.gradients import GRADIENTS
 from spry_app.autodiff.memory import is_out_of_memory, return_freed_memory
 from spry_app.client.catch_up import tensors_of
+from spry_app.client.device import device_of
 from spry_app.client.node import Node, load_node
 from spry_app.client.privacy import check_scoring, protected
 from spry_app.client.slicing import give_less, most_at_once, slices_of, slices_to_score
@@ -74,6 +76,7 @@ def introduce(node: Node, message: Message, method: Method, config: RunConfig, s
         digest=digest(node.start),
         memory_mib=node.memory_mib,
         gradients=trusted(node, method.gradient, most_at_once(node, config), method.assign in BY_MEMORY),
+        device=device_of(node, config),
     )
 
 
@@ -138,9 +141,11 @@ def check_task(task: Task, node: Node, config: RunConfig) -> None:
     reason = mismatch(task.tensors, node.start) or mismatch(task.update, known)
     if unknown := sorted(set(task.units) - node.adapted.units.keys()):
         reason = f"units that this model has not: {len(unknown)}, {unknown[0][:200]!r} among them"
-    numbers = (task.round, task.client, task.number, task.sharing)
+    numbers = (task.round, task.client, task.number, task.sharing, task.steps)
     if not (1 <= task.directions <= config.client.directions and all(0 <= number < 2**63 for number in numbers)):
         reason = f"{task.directions} directions, or one of the numbers {numbers}, are out of bounds"
+    if not 0 <= task.deadline_s < math.inf:
+        reason = f"a deadline of {task.deadline_s} s is none"
     if task.gradient and task.gradient not in GRADIENTS:
         reason = f"no gradient is called {task.gradient[:200]!r}"
     if reason:

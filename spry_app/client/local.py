@@ -25,6 +25,11 @@ class LocalTraining:
         self.loss, self.examples, self.forwards = 0.0, 0, 0.0
 
     @property
+    def steps(self) -> int:
+        """Estimates taken so far."""
+        return len(self._slopes)
+
+    @property
     def tensors(self) -> Tensors:
         """The current values: those that were sent, after the steps so far."""
         return self._optimizer.tensors

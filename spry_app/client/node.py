@@ -27,8 +27,8 @@ class Node:
     """A model and one shard of rows, ready to work.
 
     start: the trainable tensors before all training. partition: number of the shard, -1 where the node has its own
-    file. memory_mib: what a training step may take on this machine above the loaded model, 0.0 where the node config
-    does not say.
+    file. memory_mib: what a training step may take on this machine above the loaded model; forward_ms: how long a
+    forward pass of an example takes; each 0.0 where the node config does not say.
     """
 
     adapted: AdaptedModel
@@ -37,6 +37,7 @@ class Node:
     start: Tensors
     partition: int
     memory_mib: float = 0.0
+    forward_ms: float = 0.0
     _frozen: dict[int, PrefixCache | None] = field(default_factory=dict, repr=False, compare=False)
 
     def frozen(self, rows: Encoded, config: ClientConfig) -> PrefixCache | None:
@@ -61,8 +62,9 @@ def load_node(
     """The node that Flower's `node_config` describes; model and rows are loaded once a process.
 
     Keys: partition-id, num-partitions (a shard of `data.source`), data (the node's own file), model (its own copy of
-    the checkpoint), memory-budget-mib (what a training step may take here above the loaded model). frame: what the
-    server has sent of the adapter. Raises SpryError where they do not make a usable node.
+    the checkpoint), memory-budget-mib (what a training step may take here above the loaded model), forward-ms (how long
+    a forward pass of an example takes here; else it is measured). frame: what the server has sent of the adapter.
+    Raises SpryError where they do not make a usable node.
     """
     file, path = str(node_config.get("data", "")), str(node_config.get("model", ""))
     if not file and not {"partition-id", "num-partitions"} <= node_config.keys():
@@ -71,18 +73,22 @@ def load_node(
             'num-partitions (a shard of data.source), or data="/path/to/its/own.jsonl".'
         )
     index, count = int(node_config.get("partition-id", -1)), int(node_config.get("num-partitions", 0))
-    return _load_node(config, path, file, index, count, _memory_mib(node_config), frame)
+    return _load_node(config, path, file, index, count, *(_stated(node_config, key) for key in _NUMBERS), frame)
 
 
-def _memory_mib(node_config: Mapping[str, bool | float | int | str]) -> float:
-    """What the node says a training step may take; 0.0 where it says nothing."""
-    if "memory-budget-mib" not in node_config:
+_NUMBERS = {"memory-budget-mib": "MiB", "forward-ms": "milliseconds"}
+"""What a node may say of its machine, in which unit."""
+
+
+def _stated(node_config: Mapping[str, bool | float | int | str], key: str) -> float:
+    """0.0 where the node says nothing."""
+    if key not in node_config:
         return 0.0
-    stated = node_config["memory-budget-mib"]
+    stated = node_config[key]
     if isinstance(stated, bool | str) or not 0 < stated < math.inf:
         raise SpryError(
-            f"The node config has memory-budget-mib={stated!r}; it must be a positive number of MiB, "
-            "e.g. memory-budget-mib=64, or be left out."
+            f"The node config has {key}={stated!r}; it must be a positive number of {_NUMBERS[key]}, e.g. {key}=64, "
+            "or be left out."
         )
     return float(stated)
 
@@ -104,7 +110,14 @@ def _load_model(
 
 @functools.lru_cache(maxsize=1024)
 def _load_node(
-    config: RunConfig, path: str, file: str, index: int, count: int, memory_mib: float, frame: Fixed | None
+    config: RunConfig,
+    path: str,
+    file: str,
+    index: int,
+    count: int,
+    memory_mib: float,
+    forward_ms: float,
+    frame: Fixed | None,
 ) -> Node:
     task, labels = get_task(config.data), len(label_names(config.data))
     adapted, start = _load_model(config.model, config.adapter, task, labels, config.seed, path, frame)
@@ -118,7 +131,7 @@ def _load_node(
         refuse_too_long(adapted, rows, f"Rows to {use}")
         if rows.lost():
             logger.warning("Rows to %s: %s", use, rows.lost())
-    return Node(adapted, train, heldout, start, index, memory_mib)
+    return Node(adapted, train, heldout, start, index, memory_mib, forward_ms)
 
 
 def models_loaded() -> int:

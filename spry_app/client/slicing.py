@@ -77,11 +77,9 @@ def most_at_once(node: Node, config: RunConfig) -> int:
 
 def _choose(node: Node, method: Method, config: RunConfig, names: Sequence[str]) -> Slices:
     client = config.client
-    budget = node.memory_mib or _mib(client.memory_budget_mib, node.adapted.device)
-    most = config.most_rows_at_once
+    budget, most = budget_mib(node, config), config.most_rows_at_once
     if not budget:
-        examples = min(client.micro_batch or most, most)
-        return Slices(examples, min(client.directions_at_once, client.directions))
+        return Slices(rows_as_set(config), min(client.directions_at_once, client.directions))
     tensors = {name: value for name, value in node.adapted.tensors().items() if name in set(names)}
     exact = exact_names(node.adapted.units, method, config.head_gradient) & tensors.keys()
     longest = node.train.by_length(range(len(node.train)))[::-1]
@@ -108,6 +106,17 @@ def _choose(node: Node, method: Method, config: RunConfig, names: Sequence[str])
         ) from error
     logger.info("Within %.1f MiB a step: %s.", budget, chosen)
     return chosen
+
+
+def rows_as_set(config: RunConfig) -> int:
+    """Examples that pass at once where no budget decides."""
+    most = config.most_rows_at_once
+    return min(config.client.micro_batch or most, most)
+
+
+def budget_mib(node: Node, config: RunConfig) -> float:
+    """What a step may take on this node, as it says or else the run config; 0 where neither sets a budget."""
+    return node.memory_mib or _mib(config.client.memory_budget_mib, node.adapted.device)
 
 
 def _mib(budget: float | str, device: torch.device) -> float:

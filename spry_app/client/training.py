@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from spry_app.autodiff.budget import Slices
 from spry_app.autodiff.costs import suffix_above
 from spry_app.autodiff.directions import Seed, Tensors
 from spry_app.autodiff.memory import MIB, with_peak
+from spry_app.client.deadline import Clock, until
 from spry_app.client.examples import by_example
 from spry_app.client.local import LocalTraining
 from spry_app.client.node import Node
@@ -18,15 +20,17 @@ from spry_app.client.step import Step
 from spry_app.config import RunConfig
 from spry_app.data import batches
 from spry_app.methods import Method
-from spry_app.methods.replay import exact_names, local_optimizer, local_steps
+from spry_app.methods.replay import exact_names, local_optimizer, steps_in_full
 from spry_app.methods.schedule import client_pace
 from spry_app.prefix import PrefixCache, may_start_at
 from spry_app.protocol import Score, Task, TrainReply
 
 
-def train(node: Node, task: Task, method: Method, config: RunConfig, slices: Slices) -> TrainReply:
+def train(
+    node: Node, task: Task, method: Method, config: RunConfig, slices: Slices, clock: Clock = time.monotonic
+) -> TrainReply:
     """Start from the task's tensors, step only the task's units, and reply as the method says."""
-    started = time.monotonic()
+    started = clock()
     node.adapted.load_tensors(task.tensors)
     own = {name: task.tensors[name] for unit in task.units for name in node.adapted.units[unit]}
     exact = exact_names(node.adapted.units, method, config.head_gradient) & own.keys()
@@ -39,7 +43,9 @@ def train(node: Node, task: Task, method: Method, config: RunConfig, slices: Sli
         gradient = method.pick.gradient(method.gradient, task.update, config.client)
         alone = by_example(task, len(node.train), config)
         step = Step(node, gradient, exact, task.directions, slices, prefix, suffix, alone)
-        for number, rows in enumerate(_local_batches(len(node.train), task, method, config)):
+        whole = steps_in_full(len(node.train), method, config.client)
+        steps = _local_batches(min(whole, task.steps or whole), len(node.train), task, config)
+        for number, rows in enumerate(until(started + (task.deadline_s or math.inf), steps, clock)):
             seed = dataclasses.replace(first, step=number)
             if task.measure and number == 0:
                 run = functools.partial(step.estimate, rows, local.tensors, seed)
@@ -52,10 +58,12 @@ def train(node: Node, task: Task, method: Method, config: RunConfig, slices: Sli
         slopes=local.slopes(exact),
         loss=local.loss / local.examples,
         examples=local.examples,
-        seconds=time.monotonic() - started,
+        seconds=clock() - started,
         forwards=local.forwards + (prefix.forwards - before if prefix else 0.0),
         peak_mib=peak,
         personal=_personal(node, task, local.tensors, config, slices) if task.evaluate else None,
+        steps=local.steps,
+        steps_asked=whole,
     )
 
 
@@ -79,16 +87,14 @@ def prefix_of(node: Node, own: Iterable[str], config: RunConfig) -> Iterator[Pre
         cache.close()
 
 
-def _local_batches(rows: int, task: Task, method: Method, config: RunConfig) -> Iterator[list[int]]:
-    """Whole passes in a fresh order each; cut or prolonged to the number of steps where the config fixes it."""
-    steps = local_steps(method, config.client)
-    passes = itertools.count() if steps else range(config.client.local_epochs)
+def _local_batches(steps: int, rows: int, task: Task, config: RunConfig) -> Iterator[list[int]]:
+    """Of so many steps: passes over all rows, in a fresh order each."""
     endless = (
         batch
-        for epoch in passes
+        for epoch in itertools.count()
         for batch in batches(rows, config.client.batch_size, (config.seed, task.round, task.client, epoch))
     )
-    return itertools.islice(endless, steps or None)
+    return itertools.islice(endless, steps)
 
 
 def _personal(node: Node, task: Task, trained: Tensors, config: RunConfig, slices: Slices) -> Score | None:

@@ -1,6 +1,6 @@
 """Can a gradient of this node's model be trusted? Asked before anything is trained on it; nothing is trained here."""
 
-from contextlib import suppress
+import logging
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,6 +14,8 @@ from spry_app.client.node import Node
 from spry_app.errors import SpryError
 from spry_app.models import NoPrefixError
 from spry_app.objectives import objective
+
+logger = logging.getLogger(__name__)
 
 _trusted: WeakKeyDictionary[Module, bool] = WeakKeyDictionary()
 """Models that passed, and whether directions that share a pass were tested too."""
@@ -42,13 +44,17 @@ def check_gradient(node: Node, gradient: Gradient, at_once: int) -> None:
 
 def trusted(node: Node, own: Gradient, at_once: int, every: bool = False) -> tuple[str, ...]:
     """Names of the gradients of the table that a task may have here. Forward mode is among them where it was tested,
-    which takes some passes: where it is the method's `own`, or `every` one may be asked for.
+    which takes some passes: where it is the method's `own`, or `every` one may be asked for. Differences are what it is
+    tested against, and backpropagation is PyTorch's own: they would take memory, and are not tested.
     """
     found = []
     for name, gradient in GRADIENTS.items():
         if every or gradient.slopes is not forward_mode or own.slopes is forward_mode:
-            with suppress(SpryError):
+            try:
                 check_gradient(node, gradient, at_once)
+            except SpryError as error:
+                logger.warning("This node does not offer gradient=%r: %s", name, error)
+            else:
                 found.append(name)
     return tuple(found)
 

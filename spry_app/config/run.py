@@ -48,8 +48,8 @@ class RunConfig(Section):
     """Which client trains which units: all of them, dealt like cards (SPRY), or bands of neighbours with the upper ones
     for the nodes that state the least memory; or "by-device", an exact gradient (checkpointed backprop) to the nodes
     whose memory (their `memory-budget-mib`) holds one on half of the units or more, slopes on a band of upper units to
-    the others, and less to one that was out of memory; goes well with server.weighting="precision". Empty for the
-    method's own."""
+    the others, less to one that was out of memory, and fewer local steps to one that is much slower than the median;
+    goes well with server.weighting="precision". Empty for the method's own."""
     directions: Literal["", "gaussian", "orthogonal"] = ""
     """Of slopes: independent Gaussian ones, whose estimate has the relative squared error (d + 1) / K for d perturbed
     numbers and `client.directions` K; or orthogonal ones, with (d - K) / K: exact at K = d. Clients that hold the same
@@ -128,6 +128,16 @@ class RunConfig(Section):
             raise ValueError(
                 f"adapter.coordinates is {count}, and adapter.rank {adapter.rank} leaves {most} a matrix to adapter."
                 f"subspace 'combined'; lower adapter.coordinates to {most} or raise adapter.rank"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _deadline_is_within_the_round(self) -> Self:
+        deadline, timeout = self.client.deadline_s, self.server.round_timeout_s
+        if deadline >= timeout:
+            raise ValueError(
+                f"client.deadline-s is {deadline:g}, but replies are waited for server.round-timeout-s = {timeout:g} "
+                "seconds at the most; lower the first, or raise the second"
             )
         return self
 

@@ -21,6 +21,11 @@ class ClientConfig(Section):
     local_steps: int = Field(0, ge=0)
     """Batches a round, over as many passes as that takes; 0 for local-epochs, or for one batch where the method sends
     slopes or a gradient (which is the mean over these batches, at the tensors of the round)."""
+    deadline_s: Limit = 0.0
+    """Seconds of a round that a client has for its local steps; 0 for as many as they take. It begins none that would
+    end later, going by what the last ones took, does one in any case, and replies with those that are done. What it
+    weighs then, and what the seconds do not count (loading, scoring, the way), is in docs/methods.md. Below
+    `server.round-timeout-s`."""
     batch_size: Count = 8
     """Examples of a local step."""
     micro_batch: int = Field(4, ge=0)

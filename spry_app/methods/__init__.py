@@ -6,7 +6,7 @@ from typing import Any
 from spry_app.autodiff.gradients import GRADIENTS, central, one_sided
 from spry_app.config import RunConfig
 from spry_app.errors import SpryError
-from spry_app.methods.assignment import Assign, Deal, Share, StepMemory, cyclic_split, depth_split, every_unit
+from spry_app.methods.assignment import Assign, Deal, Pace, Share, StepMemory, cyclic_split, depth_split, every_unit
 from spry_app.methods.by_device import by_device
 from spry_app.methods.fit import Layout, as_it_is, cut_in_two
 from spry_app.methods.method import Method
@@ -137,4 +137,15 @@ def _find(name: str) -> Method:
     return method
 
 
-__all__ = ["ASSIGNMENTS", "BY_MEMORY", "METHODS", "Deal", "Layout", "Method", "Share", "StepMemory", "get_method"]
+__all__ = [
+    "ASSIGNMENTS",
+    "BY_MEMORY",
+    "METHODS",
+    "Deal",
+    "Layout",
+    "Method",
+    "Pace",
+    "Share",
+    "StepMemory",
+    "get_method",
+]

@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -20,6 +20,15 @@ def _unknown(gradient: str, lowest: int) -> float:
     return 0.0
 
 
+class Pace(NamedTuple):
+    """Of a client. forward_ms: how long a forward pass of one example takes; 0.0 where it has not said. rows: that it
+    trains on.
+    """
+
+    forward_ms: float
+    rows: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Deal:
     """What is dealt out in one round, and to whom.
@@ -28,7 +37,9 @@ class Deal:
     for what lies above all of them. sizes: trainable values of each unit. blocks: how many the model has.
     memory_mib: for each client, what a training step may take; 0.0 where it has not said. round: from 1. gradient: the
     method's. gradients: for each client, those that it can take; empty as a whole for that one alone. step_mib:
-    (gradient, lowest block) -> what the smallest step takes on the units from there up, MiB.
+    (gradient, lowest block) -> what the smallest step takes on the units from there up, MiB. forward_ms: for each
+    client, how long a forward pass of one example takes; 0.0 where it has not said, empty where nobody has. steps: for
+    each client, the local steps of all its work. directions, directions_at_once: of a step, as they are set.
     """
 
     units: tuple[str, ...]
@@ -40,6 +51,10 @@ class Deal:
     gradient: str = "forward-mode"
     gradients: tuple[tuple[str, ...], ...] = ()
     step_mib: StepMemory = _unknown
+    forward_ms: tuple[float, ...] = ()
+    steps: tuple[int, ...] = ()
+    directions: int = 1
+    directions_at_once: int = 1
 
     @property
     def clients(self) -> int:
@@ -48,20 +63,21 @@ class Deal:
 
 
 class Share(list[str]):
-    """The units of a client, which may take another gradient for them than the method's, and fewer directions.
+    """The units of a client, which may take another gradient for them than the method's, and do less.
 
-    gradient: a name of GRADIENTS; "" for the method's. directions: at most so many a batch; 0 for as many as are set.
+    gradient: a name of GRADIENTS; "" for the method's. directions: at most so many a batch, steps: at most so many
+    local ones; each 0 for as many as are set.
     """
 
-    def __init__(self, units: Iterable[str], gradient: str = "", directions: int = 0) -> None:
+    def __init__(self, units: Iterable[str], gradient: str = "", directions: int = 0, steps: int = 0) -> None:
         super().__init__(units)
-        self.gradient, self.directions = gradient, directions
+        self.gradient, self.directions, self.steps = gradient, directions, steps
 
     @classmethod
     def of(cls, hand: Sequence[str], beside: Sequence[str] = ()) -> Self:
         """What an Assign has dealt out, with units that go to everyone."""
         units = [*hand, *beside]
-        return cls(units, hand.gradient, hand.directions) if isinstance(hand, Share) else cls(units)
+        return cls(units, hand.gradient, hand.directions, hand.steps) if isinstance(hand, Share) else cls(units)
 
 
 Assign = Callable[[Deal], Sequence[Sequence[str]]]

@@ -1,4 +1,6 @@
-"""Who trains which units with which gradient, by what each node's memory holds. Measures nothing: a Deal tells."""
+"""Who trains which units with which gradient, by what each node's memory holds, and how much of the work, by how fast
+it is. Measures nothing: a Deal tells.
+"""
 
 import dataclasses
 import math
@@ -6,6 +8,7 @@ from collections.abc import Iterable
 
 from spry_app.autodiff.gradients import GRADIENTS
 from spry_app.methods.assignment import Deal, Share, depth_split
+from spry_app.methods.pace import in_time
 
 EXACT = ("checkpointed-backprop", "backprop")
 """The kinds that a strong node may take, the lighter one first."""
@@ -22,7 +25,7 @@ def by_device(deal: Deal) -> list[Share]:
     on all that it reaches. The others take bands, as `depth_split` deals them, of what they reach; of the upper half
     alone where strong nodes hold the rest. A band on which an exact gradient fits has one, else the method's own, made
     of slopes. A unit that is out of everyone's reach goes to the node with the most memory. A node that has stated no
-    memory has stated no limit.
+    memory has stated no limit. Those that are much slower than the others do less (`in_time`).
     """
     shares: dict[int, Share] = {}
     weak = []
@@ -36,7 +39,7 @@ def by_device(deal: Deal) -> list[Share]:
     if weak:
         shares |= zip(weak, _bands(deal, weak, held={unit for share in shares.values() for unit in share}), strict=True)
     found = [shares[client] for client in range(deal.clients)]
-    return _covering(deal, found)
+    return in_time(deal, _covering(deal, found))
 
 
 def _bands(deal: Deal, weak: list[int], held: set[str]) -> list[Share]:

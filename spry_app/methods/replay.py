@@ -34,6 +34,11 @@ def local_steps(method: Method, config: ClientConfig) -> int:
     return config.local_steps or (0 if method.reply == "weights" else 1)
 
 
+def steps_in_full(rows: int, method: Method, config: ClientConfig) -> int:
+    """Local steps of all of a task: as many as the config fixes, or whole passes over the rows."""
+    return local_steps(method, config) or config.local_epochs * math.ceil(rows / config.batch_size)
+
+
 def passes(rows: int, method: Method, config: ClientConfig) -> int:
     """In how many batches of a task each of a client's rows is at the most: it is in one of each pass."""
     steps = local_steps(method, config)

@@ -4,6 +4,7 @@ downlink  "arrays": adapter tensors  "update", "log", "frame": if any "config": 
 uplink    "arrays": values, gradients or nothing       "metrics": loss, counts, slopes    or "refusal": a sentence
 """
 
+from spry_app.protocol.device import Device
 from spry_app.protocol.records import (
     LARGEST,
     MalformedReply,
@@ -42,6 +43,7 @@ __all__ = [
     "MOST_EXAMPLES",
     "TRAIN",
     "CatchUp",
+    "Device",
     "Introduction",
     "MalformedReply",
     "Score",

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
 from spry_app.errors import OutOfMemory, SpryError
+from spry_app.protocol.device import Device
 from spry_app.protocol.records import LARGEST, MalformedReply, Record, Tensors, content_of, tensors_in, to_arrays
 
 MOST_EXAMPLES = 2**31
@@ -66,7 +67,7 @@ class TrainReply:
     exact. slopes: K numbers for each local step (reply "slopes"), else empty. loss: mean over the trained batches.
     examples: that were trained on. forwards: what that took, in passes of one example through the model. personal:
     score of the trained model on the client's held-out rows, if asked for. peak_mib: of the first step; 0.0 if not
-    measured.
+    measured. steps: that were done, of the `steps_asked` that all of it is on this node, where a Task may want fewer.
     """
 
     tensors: Tensors
@@ -77,6 +78,13 @@ class TrainReply:
     forwards: float
     peak_mib: float = 0.0
     personal: Score | None = None
+    steps: int = 1
+    steps_asked: int = 1
+
+    @property
+    def partial(self) -> bool:
+        """Whether the deadline came before the last step."""
+        return self.steps < self.steps_asked
 
     def to_message(self, task: Message) -> Message:
         return Message(content=self.content(), reply_to=task)
@@ -89,7 +97,8 @@ class TrainReply:
             "seconds": self.seconds,
             "forwards": self.forwards,
             "peak-mib": self.peak_mib,
-            "steps": len(self.slopes),
+            "steps": self.steps,
+            "steps-asked": self.steps_asked,
             "slopes": [slope for step in self.slopes for slope in step],
         }
         if self.personal is not None:
@@ -110,6 +119,8 @@ class TrainReply:
             forwards=metrics.get("forwards", float),
             peak_mib=metrics.get("peak-mib", float),
             personal=Score.from_message(message, bounds) if scored else None,
+            steps=metrics.get("steps", int),
+            steps_asked=metrics.get("steps-asked", int),
         )
 
 
@@ -119,7 +130,7 @@ class Introduction:
 
     partition: its number among the nodes, -1 if it has none. fingerprint: of its base model. examples, heldout: rows.
     digest: of the tensors that it starts from. memory_mib: what a training step may take on it, 0.0 if it does not say.
-    gradients: names of those that it can take for a task.
+    gradients: names of those that it can take for a task. device: its machine.
     """
 
     partition: int
@@ -129,6 +140,7 @@ class Introduction:
     digest: str
     memory_mib: float = 0.0
     gradients: tuple[str, ...] = ()
+    device: Device = field(default_factory=Device)
 
     def to_message(self, task: Message) -> Message:
         config = ConfigRecord(
@@ -140,6 +152,7 @@ class Introduction:
                 "digest": self.digest,
                 "memory-mib": self.memory_mib,
                 "gradients": list(self.gradients),
+                **self.device.stated(),
             }
         )
         return Message(content=RecordDict({"introduction": config}), reply_to=task)
@@ -159,6 +172,7 @@ class Introduction:
             digest=config.get("digest", str),
             memory_mib=memory_mib,
             gradients=config.words("gradients"),
+            device=Device.of(config),
         )
         if not (0 <= found.examples <= MOST_EXAMPLES and 0 <= found.heldout <= MOST_EXAMPLES):
             raise MalformedReply(f"impossible rows: {found.examples}, and {found.heldout} held out")
@@ -194,9 +208,11 @@ def refusal_reason(message: Message) -> str:
 
 
 def _rows(flat: list[float], rows: int) -> tuple[tuple[float, ...], ...]:
-    if not ((0 < rows <= len(flat) and len(flat) % rows == 0) or rows == len(flat) == 0):
+    if not flat:
+        return ()
+    if not (0 < rows <= len(flat) and len(flat) % rows == 0):
         raise MalformedReply(f"{len(flat)} slopes do not divide into {rows} steps")
-    width = len(flat) // max(1, rows)
+    width = len(flat) // rows
     return tuple(tuple(map(float, flat[row * width : (row + 1) * width])) for row in range(rows))
 
 

@@ -34,11 +34,13 @@ class Task:
     """What the server asks of one node: to train `units`, or (message type EVALUATE) to score `tensors`.
 
     round: from 1. client: position among this round's clients, which decides the order of its rows. number, sharing,
-    directions: which directions it takes, and how many a batch (methods.replay.Seat). gradient: name of the one that it
+    directions: which directions it takes, and how many a batch (methods.replay.Seat). steps: at most so many
+    local ones; 0 for all that there are. gradient: name of the one that it
     takes, where that is not the method's (Method.taking). tensors: every trainable tensor (fp32), or with `catch_up`
     those alone that no scalar stands for. fingerprint: of the base model the server has.
     evaluate: also score the held-out rows after training. measure: also measure the peak memory of the first step.
     update: how the last round changed the tensors of `units`, where the method chooses directions by it; else empty.
+    deadline_s: seconds after which no local step is to end, from when the node has read the task; 0.0 for none.
     """
 
     round: int
@@ -54,6 +56,8 @@ class Task:
     measure: bool = False
     update: Tensors = field(default_factory=dict)
     catch_up: CatchUp | None = None
+    deadline_s: float = 0.0
+    steps: int = 0
 
     def to_message(self, node: int, message_type: str = TRAIN) -> Message:
         content = self.content()
@@ -68,11 +72,13 @@ class Task:
                 "number": self.number,
                 "sharing": self.sharing,
                 "directions": self.directions,
+                "steps": self.steps,
                 "gradient": self.gradient,
                 "units": list(self.units),
                 "fingerprint": self.fingerprint,
                 "evaluate": self.evaluate,
                 "measure": self.measure,
+                "deadline-s": self.deadline_s,
                 "nonce": _nonce(),
             }
         )
@@ -101,6 +107,8 @@ class Task:
             measure=config.get("measure", bool),
             update=tensors_in(message, "update") if "update" in message.content else {},
             catch_up=_read(message) if "log" in message.content else None,
+            deadline_s=config.get("deadline-s", float),
+            steps=config.get("steps", int),
         )
 
 

@@ -3,7 +3,7 @@
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil
 from typing import Any
 
@@ -24,12 +24,16 @@ LABELS_UNKNOWN = (
 
 @dataclass(frozen=True)
 class Hand:
-    """Clients of a round with the same units; used: those whose reply was."""
+    """Clients of a round with the same units and the same way to a gradient; used: those whose reply was. how: that way
+    in words, empty where it was not kept. steps: local ones of each of the used.
+    """
 
     round: int
     clients: list[str]
     used: list[str]
     units: list[str]
+    how: str = ""
+    steps: Mapping[str, int] = field(default_factory=dict)
 
 
 class Crew:
@@ -52,12 +56,15 @@ class Crew:
 
     def _hands(self, line: Row) -> Iterator[Hand]:
         for hand in line.get("hands", ()):
-            used = set(hand.get("used", ()))
+            used, steps = list(hand.get("used", ())), hand.get("steps", ())
+            gradient, directions = hand.get("gradient", ""), number(hand.get("directions"))
             yield Hand(
                 round=int(line.get("round", 0)),
                 clients=[self.name(node) for node in hand.get("nodes", ())],
                 used=[self.name(node) for node in hand.get("nodes", ()) if node in used],
                 units=[self.units[unit] for unit in hand.get("units", ()) if 0 <= unit < len(self.units)],
+                how=f"{gradient}, {directions:g} a batch" if gradient and directions else str(gradient),
+                steps={self.name(node): int(number(done) or 0) for node, done in zip(used, steps, strict=False)},
             )
 
     def everyone(self) -> list[str]:
@@ -99,13 +106,49 @@ def labels_grid(run: Run, crew: Crew) -> Grid | None:
 
 def node_table(crew: Crew) -> tuple[list[str], list[list[str]]]:
     """What each node said of itself."""
-    head = ["client", "node", "training rows", "held-out rows", "memory for a step"]
+    head = ["client", "node", "training rows", "held-out rows", "memory for a step", "computes on"]
+    head += ["forward pass of an example", "free memory", "power", "gradients"]
     rows = []
     for node in crew.nodes:
-        memory = number(node.get("memory-mib"))
         told = [str(node.get(key, "-")) for key in ("node", "examples", "heldout")]
-        rows.append([crew.name(node.get("node")), *told, f"{memory:g} MiB" if memory else "not stated"])
+        measured = [_stated(node, *column) for column in _NUMBERS]
+        kinds = node.get("gradients")
+        gradients = ", ".join(map(str, kinds)) if isinstance(kinds, list) else ""
+        told += [measured[0], str(node.get("accelerator") or UNKNOWN), *measured[1:]]
+        rows.append([crew.name(node.get("node")), *told, _power(node), gradients or UNKNOWN])
     return head, sorted(rows, key=lambda row: _place(row[0]))
+
+
+UNKNOWN = "not stated"
+_NUMBERS = (("memory-mib", "MiB"), ("forward-ms", "ms"), ("free-mib", "MiB"))
+
+
+def _stated(node: Row, key: str, unit: str) -> str:
+    value = number(node.get(key))
+    return f"{value:.5g} {unit}" if value else UNKNOWN
+
+
+def _power(node: Row) -> str:
+    percent = number(node.get("battery-percent"))
+    source = {True: "mains", False: "battery"}.get(node["plugged"]) if isinstance(node.get("plugged"), bool) else None
+    parts = [source, None if percent is None else f"{percent:.0f} %"]
+    return ", ".join(part for part in parts if part) or UNKNOWN
+
+
+def work_table(crew: Crew) -> tuple[list[str], list[list[str]]] | None:
+    """With which gradient, and in how many steps, each client trained; None where that was not kept."""
+    done: dict[tuple[str, str], list[Hand]] = defaultdict(list)
+    for hand in crew.hands:
+        for name in hand.used if hand.how else ():
+            done[name, hand.how].append(hand)
+    rows = []
+    for (name, how), hands in sorted(done.items(), key=lambda item: (_place(item[0][0]), item[0][1])):
+        steps = sorted(hand.steps[name] for hand in hands if name in hand.steps)
+        told = "-" if not steps else str(steps[0]) if steps[0] == steps[-1] else f"{steps[0]} to {steps[-1]}"
+        units = {unit for hand in hands for unit in hand.units}
+        rows.append([name, how, told, str(len(hands)), str(len(units))])
+    head = ["client", "gradient, directions", "local steps a round", "rounds", "different units"]
+    return (head, rows) if rows else None
 
 
 def units_grid(crew: Crew) -> Grid | None:
@@ -114,11 +157,13 @@ def units_grid(crew: Crew) -> Grid | None:
     per_column = max(1, ceil(len(rounds) / _MOST_COLUMNS))
     columns = [rounds[place : place + per_column] for place in range(0, len(rounds), per_column)]
     who: dict[tuple[str, int], list[str]] = defaultdict(list)
+    how = dict[tuple[str, int], str]()
     for hand in crew.hands:
+        how |= {(name, hand.round): _how(hand, name) for name in hand.used}
         for unit in hand.units:
             who[unit, hand.round] += hand.used
     names = [str(column[0]) for column in columns]
-    cells = [[_trained(unit, column, who) for column in columns] for unit in crew.units]
+    cells = [[_trained(unit, column, who, how) for column in columns] for unit in crew.units]
     what = "clients whose reply was used" if per_column == 1 else f"replies used in {per_column} rounds"
     return grid(
         "Who trained which units when",
@@ -171,9 +216,18 @@ def failures(run: Run, crew: Crew) -> list[list[str]]:
     return [[s, str(len(rounds[s])), _span(sorted(set(rounds[s]))), _few(sorted(whose[s], key=_place))] for s in often]
 
 
-def _trained(unit: str, column: Sequence[int], who: Mapping[tuple[str, int], list[str]]) -> Cell:
+def _how(hand: Hand, name: str) -> str:
+    steps = f", {hand.steps[name]} steps" if name in hand.steps else ""
+    return f" ({hand.how}{steps})" if hand.how else ""
+
+
+def _trained(
+    unit: str, column: Sequence[int], who: Mapping[tuple[str, int], list[str]], how: Mapping[tuple[str, int], str]
+) -> Cell:
+    """how: by client and round; told where the column is one round."""
     names = [name for round_ in column for name in who.get((unit, round_), ())]
-    told = ("clients " if len(names) > 1 else "client ") + _few(names) if names else "nobody"
+    ways = [name + how.get((name, column[0]), "") for name in names] if len(column) == 1 else names
+    told = ("clients " if len(names) > 1 else "client ") + _few(ways) if names else "nobody"
     single = len(column) == 1 and len(names) == 1 and names[0].isdigit()
     return Cell(len(names), f"{_span(column, 'round')}, {unit}: {told}", names[0] if single else "")
 

@@ -15,6 +15,7 @@ from spry_app.report.clients import (
     labels_grid,
     node_table,
     units_grid,
+    work_table,
 )
 from spry_app.report.folder import Run, number
 from spry_app.report.grid import Grid
@@ -51,7 +52,8 @@ def page_of(run: Run) -> Page:
     """What there is to say of a run, whatever of it is in its folder."""
     crew, name = Crew(run), main_quality([run])
     state, why = state_of(run)
-    sections = [_curves(run), _worth(run, name), _costs(run), _clients(run, crew), _failures(run, crew), _config(run)]
+    sections = [_curves(run), _worth(run, name), _costs(run), _clients(run, crew), _work(crew)]
+    sections += [_failures(run, crew), _config(run)]
     versions = run.about.get("versions")
     if isinstance(versions, dict):
         sections.append(Section("Versions", table=(["what", "version"], [[k, str(v)] for k, v in versions.items()])))
@@ -134,8 +136,17 @@ def _costs(run: Run) -> Section | None:
     ]
     cosine = Run(run.name, noise).curve("cosine")
     charts.append(line_chart("Expected cosine of a round's step with its gradient", "round", [("all units", cosine)]))
-    privacy = run.result.get("privacy")
-    return Section("Round by round", [chart for chart in charts if chart], [str(privacy)] if privacy else [])
+    sentences = [str(run.result["privacy"])] if run.result.get("privacy") else []
+    return Section("Round by round", [chart for chart in charts if chart], sentences + _partial(run))
+
+
+def _partial(run: Run) -> list[str]:
+    partial, done, asked = (sum(number(r.get(n)) or 0 for r in run.rounds) for n in ("partial", "steps", "steps-asked"))
+    if not partial:
+        return []
+    why = f"client.deadline-s={seconds}" if (seconds := run.config.get("client.deadline-s")) else "less for slow nodes"
+    told = f"{shown(partial)} replies were of part of their local steps"
+    return [f"With {why}, {told}; in all, {shown(done)} of {shown(asked)} were done."]
 
 
 def _clients(run: Run, crew: Crew) -> Section:
@@ -146,6 +157,11 @@ def _clients(run: Run, crew: Crew) -> Section:
     charts = [chart for chart in (labels, units_grid(crew), clients_grid(crew)) if chart]
     folded = ("What each node said of itself", node_table(crew)) if crew.nodes else None
     return Section("Clients", charts, sentences, folded=folded)
+
+
+def _work(crew: Crew) -> Section | None:
+    found = None if crew.private else work_table(crew)
+    return Section("How each client trained", table=found) if found else None
 
 
 def _failures(run: Run, crew: Crew) -> Section:

@@ -3,6 +3,7 @@ its rounds were is in metrics.jsonl (record.py).
 """
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -51,7 +52,8 @@ class Progress:
 @dataclass(frozen=True)
 class Checkpoint:
     """tensors: all trainable ones. moments: of the server's optimizer. update: by the last round that changed them.
-    weighting: what the weights of replies depend on (combining.py).
+    weighting: what the weights of replies depend on (combining.py). limits: MiB that a step may take on nodes that were
+    out of memory (fleet.py); a node that comes back under another id starts anew.
     """
 
     progress: Progress
@@ -59,12 +61,14 @@ class Checkpoint:
     moments: Tensors
     update: Tensors
     weighting: Tensors = field(default_factory=dict)
+    limits: Mapping[int, float] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Replace the one in `folder`."""
         flat = {f"{group}:{name}": value for group in GROUPS for name, value in getattr(self, group).items()}
         fresh = folder / f"{NAME}.new"
-        save_file(flat, fresh, {"progress": json.dumps(asdict(self.progress))})
+        about = {"progress": asdict(self.progress), "limits": dict(self.limits)}
+        save_file(flat, fresh, {name: json.dumps(value) for name, value in about.items()})
         with fresh.open("rb") as file:
             os.fsync(file.fileno())
         fresh.replace(folder / NAME)
@@ -81,19 +85,23 @@ def load(folder: Path, config: RunConfig) -> Checkpoint:
     groups: dict[str, Tensors] = {group: {} for group in GROUPS}
     try:
         with safe_open(folder / NAME, framework="pt") as file:
-            progress = Progress(**json.loads(file.metadata()["progress"]))
+            about = {name: json.loads(value) for name, value in file.metadata().items()}
+            progress = Progress(**about["progress"])
+            limits = {int(node): float(mib) for node, mib in about.get("limits", {}).items()}
+            if not all(0 < mib < math.inf for mib in limits.values()):
+                raise ValueError(f"its limits of memory are {limits}")
             for key in file.keys():  # noqa: SIM118 (not a mapping)
                 group, _, name = key.partition(":")
                 groups[group][name] = file.get_tensor(key)
         _check_content(progress, **groups)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise SpryError(f"{folder} cannot be resumed: its {NAME} cannot be read ({error}).") from None
     if progress.round >= config.num_server_rounds:
         raise SpryError(
             f"{folder} has run its {progress.round} rounds; to go on, raise num-server-rounds "
             f"(now {config.num_server_rounds})."
         )
-    return Checkpoint(progress, **groups)
+    return Checkpoint(progress, **groups, limits=limits)
 
 
 def _check_content(progress: Progress, tensors: Tensors, moments: Tensors, update: Tensors, weighting: Tensors) -> None:

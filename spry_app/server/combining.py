@@ -138,6 +138,29 @@ class Combiner:
         self._method, self._state, self._units, self._guard = method, state, units, guard
         self.weighting = WEIGHTINGS[config.server.weighting](config, method, units)
 
+    def in_full(self, accepted: Accepted) -> Accepted:
+        """The replies, of which partial ones weigh as many examples as all of their steps would have had.
+
+        A change made by part of the steps is that of all of them but for the others, which count as none. So it weighs
+        the examples of all, n / f for n examples in the part f of the steps, and the mean
+
+            sum n/f change / sum n/f = F sum n (change / f) / sum n,    F = sum n / sum n/f
+
+        is FedNova's (arXiv:2007.07481): changes by step, weighted by the examples that were used, times an effective
+        number of steps. Every example counts the same. By n itself a client would count with the square of its steps;
+        by rows held, whatever was used of them, noise of the few steps would be blown up. A gradient is a mean already.
+        """
+        return [(task, self._whole(reply) if reply.partial else reply) for task, reply in accepted]
+
+    def _whole(self, reply: TrainReply) -> TrainReply:
+        if self._method.reply == "gradient":
+            return reply
+        slopes = reply.slopes
+        if slopes and self._method.seeds == "shared":  # their mean is taken step by step
+            slopes += ((0.0,) * len(slopes[0]),) * (reply.steps_asked - reply.steps)
+        examples = max(1, round(reply.examples * reply.steps_asked / reply.steps))
+        return dataclasses.replace(reply, examples=examples, slopes=slopes)
+
     def change(self, task: Task, reply: TrainReply) -> Tensors:
         """What one client asks for by tensors: its gradient, or (value sent - value after its training)."""
         if self._method.reply == "gradient":
@@ -189,7 +212,8 @@ class Combiner:
     def learn(self, accepted: Accepted) -> None:
         """What the weights of later rounds follow from, once the round has its mean."""
         if self._method.reply != "slopes":
-            self.weighting.learn(self._as_asked(accepted), self._changes(accepted))
+            whole = [(task, reply) for task, reply in accepted if not reply.partial]
+            self.weighting.learn(self._as_asked(whole), self._changes(whole))
 
     def _changes(self, accepted: Accepted) -> list[tuple[Tensors, float]]:
         return [(self.change(task, reply), reply.examples) for task, reply in accepted]

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 
 from spry_app.config import RunConfig
 from spry_app.errors import SpryError
-from spry_app.methods import Method, Share
+from spry_app.methods import Method, Pace, Share
 from spry_app.methods.global_state import GlobalState
 from spry_app.methods.noise import fewest_directions
 from spry_app.server.fleet import Fleet
 from spry_app.server.noise import hands_of
 
-Assign = Callable[[Sequence[float], int, Sequence[tuple[str, ...]]], Sequence[Sequence[str]]]
-"""(memory in MiB of each client, round, gradients that each can take) -> their units."""
+Assign = Callable[[Sequence[float], int, Sequence[tuple[str, ...]], Sequence[Pace]], Sequence[Sequence[str]]]
+"""(memory in MiB of each client, round, gradients that each can take, how fast each is) -> their units."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,10 @@ def crew(
     least = config.server.min_train_nodes
     while True:
         clients = fleet.sample(nodes, config.server.fraction_train, least, (config.seed, round_), order)
-        hands = assign(fleet.memory_mib(clients), round_, fleet.gradients(clients))
+        paces = (
+            [] if config.privacy.mode else fleet.paces(clients)
+        )  # what tasks depend on, a promise would have to count
+        hands = assign(fleet.memory_mib(clients), round_, fleet.gradients(clients), paces)
         shares = [Share.of(hand) for hand in hands]
         _check(config, shares)
         directions, enough = _directions(config, method, state, shares)

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from spry_app.autodiff.directions import Tensors
 from spry_app.config import RunConfig
 from spry_app.errors import SpryError
-from spry_app.methods import Deal, Method, Share, StepMemory
-from spry_app.methods.replay import HEAD
+from spry_app.methods import Deal, Method, Pace, Share, StepMemory
+from spry_app.methods.replay import HEAD, steps_in_full
 from spry_app.models.units import depths
 from spry_app.protocol import Task
 
@@ -28,12 +28,14 @@ def deal_out(
     round_: int,
     gradients: Sequence[tuple[str, ...]] = (),
     step_mib: StepMemory | None = None,
+    paces: Sequence[Pace] = (),
 ) -> list[Share]:
     """One hand of units a client: the method's split, and the head to everyone where it is shared.
 
     units: unit -> names of its `tensors`. memory_mib: what a training step may take on each client, 0.0 where it has
-    not said. gradients: that each can take; none for the method's own alone. step_mib: as Deal. Raises SpryError where
-    a method of the user's own deals out what there is not.
+    not said. gradients: that each can take; none for the method's own alone. step_mib: as Deal. paces: how fast each
+    is; none where nobody is to do less for that. Raises SpryError where a method of the user's own deals out what there
+    is not.
     """
     shared = [HEAD] if config.head == "shared" and HEAD in units else []
     dealt = tuple(unit for unit in units if unit not in shared)
@@ -47,6 +49,10 @@ def deal_out(
         round=round_,
         gradient=method.gradient.name,
         gradients=tuple(gradients),
+        forward_ms=tuple(pace.forward_ms for pace in paces),
+        steps=tuple(steps_in_full(pace.rows, method, config.client) for pace in paces),
+        directions=config.client.directions,
+        directions_at_once=config.client.directions_at_once,
     )
     deal = dataclasses.replace(deal, step_mib=step_mib) if step_mib else deal
     hands = method.assign(deal)

@@ -13,6 +13,7 @@ from flwr.serverapp import Grid
 
 from spry_app.config import ServerConfig
 from spry_app.errors import SpryError
+from spry_app.methods import Pace
 from spry_app.protocol import (
     Introduction,
     MalformedReply,
@@ -24,6 +25,7 @@ from spry_app.protocol import (
     size_bytes,
     with_frame,
 )
+from spry_app.server.devices import sentence
 from spry_app.server.letters import Letters
 
 _POLL_S = 0.5
@@ -54,8 +56,8 @@ class Fleet:
         self._refused: dict[int, str] = {}
         """Nodes that are not asked again, and why."""
         self._failed: Counter[int] = Counter()
-        self._limits: dict[int, float] = {}
-        """Of nodes that were out of memory, MiB."""
+        self.limits: dict[int, float] = {}
+        """Of nodes that were out of memory, MiB; a checkpoint keeps them."""
 
     def available(self, grid: Grid) -> list[int]:
         """Connected, usable nodes, in the order of their partitions (node ids differ from run to run).
@@ -97,8 +99,13 @@ class Fleet:
     def memory_mib(self, nodes: Sequence[int]) -> list[float]:
         """What a training step may take on each of these available nodes, MiB; 0.0 where it has not said."""
         stated = (self.introductions[node].memory_mib or math.inf for node in nodes)
-        least = [min(own, self._limits.get(node, math.inf)) for node, own in zip(nodes, stated, strict=True)]
+        least = [min(own, self.limits.get(node, math.inf)) for node, own in zip(nodes, stated, strict=True)]
         return [0.0 if memory == math.inf else memory for memory in least]
+
+    def paces(self, nodes: Sequence[int]) -> list[Pace]:
+        """How fast each of these available nodes is, and how much there is to do on it, as it says."""
+        found = (self.introductions[node] for node in nodes)
+        return [Pace(said.device.forward_ms or 0.0, said.examples) for said in found]
 
     def gradients(self, nodes: Sequence[int]) -> list[tuple[str, ...]]:
         """Names of those that each of these available nodes can take."""
@@ -106,7 +113,7 @@ class Fleet:
 
     def limit(self, node: int, memory_mib: float) -> None:
         """From now on it may take no more than so much, whatever it has said."""
-        self._limits[node] = min(memory_mib, self._limits.get(node, math.inf))
+        self.limits[node] = min(memory_mib, self.limits.get(node, math.inf))
 
     def examples(self, nodes: Sequence[int]) -> list[int]:
         """How many rows each of these available nodes trains on, as it says."""
@@ -165,6 +172,8 @@ class Fleet:
         for node in nodes:
             if node not in self.introductions:
                 self._fail(node, failures[node])
+        if met := [self.introductions[node] for node in nodes if node in self.introductions]:
+            log(INFO, "%s", sentence(met))
 
     def _fail(self, node: int, reason: str) -> None:
         """What was the node's own answer stays; what happened to it may pass."""

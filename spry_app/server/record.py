@@ -15,6 +15,7 @@ from flwr.common.logger import log
 from spry_app.atomic import write_whole
 from spry_app.config import RunConfig
 from spry_app.errors import SpryError
+from spry_app.methods import Method
 from spry_app.protocol import Introduction, Score, Task, Tensors, TrainReply, said
 from spry_app.server.roster import Roster
 from spry_app.server.telemetry import Telemetry
@@ -35,9 +36,11 @@ class Round:
     start, in passes of one example through the model (autodiff.costs); evaluation is not counted. seconds: since the
     start. client_seconds: of the slowest client. peak_mib: of the first step of one client, a different one each time.
     asked, answered, refused: clients; refused replies were not used. clipped: replies that asked for more than a client
-    may (clipping.py), and were used as far as it may. noise: of the mean of the clients' changes
-    (methods.noise): "signal-to-noise" and "cosine" with what would be left without noise, over all units but an exact
-    head, and the same of each unit, with how many independent "estimates" that was measured from (1: from theory).
+    may (clipping.py), and were used as far as it may. partial: replies of part of their local steps
+    (`client.deadline-s`, assign="by-device"); steps, steps_asked: of all replies that were used. noise: of the mean of
+    the clients' changes (methods.noise): "signal-to-noise" and "cosine" with what would be left without noise, over all
+    units but an exact head, and the same of each unit, with how many independent "estimates" that was measured from (1:
+    from theory).
     epsilon: that all rounds so far have cost, at `privacy.delta`. sampled_from: clients from which `asked` were drawn
     so that nobody knows which; `asked` where it is known.
     """
@@ -61,6 +64,9 @@ class Round:
     answered: int = 0
     refused: int = 0
     clipped: int = 0
+    partial: int = 0
+    steps: int = 0
+    steps_asked: int = 0
     noise: dict[str, Any] | None = None
     epsilon: float | None = None
     sampled_from: int | None = None
@@ -157,17 +163,20 @@ class Recorder:
     def received(self, size_bytes: int) -> None:
         self._bytes_up += size_bytes
 
-    def asked(self, tasks: Mapping[int, Task], units: Iterable[str], introduced: Mapping[int, Introduction]) -> None:
+    def asked(
+        self, tasks: Mapping[int, Task], units: Iterable[str], introduced: Mapping[int, Introduction], method: Method
+    ) -> None:
         """What is asked of each node of the round. units: of the model. introduced: all nodes that can be used."""
         self.current.asked = len(tasks)
-        self.roster.asked(tasks, units, introduced)
+        self.roster.asked(tasks, units, introduced, method)
 
     def trained(self, accepted: Sequence[tuple[Task, TrainReply]]) -> None:
         """The replies that are used, with what was asked."""
-        self.roster.used(task.client for task, _ in accepted)
+        self.roster.used({task.client: reply.steps for task, reply in accepted})
         replies = [reply for _, reply in accepted]
         now, self._forwards = self.current, self._forwards + sum(reply.forwards for reply in replies)
-        now.answered = len(replies)
+        now.answered, now.partial = len(replies), sum(reply.partial for reply in replies)
+        now.steps, now.steps_asked = sum(r.steps for r in replies), sum(r.steps_asked for r in replies)
         if not replies:
             return
         now.train_loss = sum(reply.loss * reply.examples for reply in replies) / sum(r.examples for r in replies)
@@ -228,8 +237,9 @@ class Recorder:
             "epsilon": now.epsilon,
         }
         numbers = "".join(f"  {name} {value:.4f}" for name, value in shown.items() if value is not None)
+        partial = f" ({now.partial} partial)" if now.partial else ""
         left = now.seconds / now.round * (now.rounds - now.round) if now.round else 0.0
         return (
-            f"round {now.round}/{now.rounds}{numbers}  clients {now.answered}/{now.asked}  "
+            f"round {now.round}/{now.rounds}{numbers}  clients {now.answered}/{now.asked}{partial}  "
             f"sent {now.mib_down:.2f} MiB  received {now.mib_up:.2f} MiB  {left:.0f} s left"
         )

@@ -14,7 +14,9 @@ from typing import Any
 
 from spry_app.atomic import write_whole
 from spry_app.config import RunConfig
+from spry_app.methods import Method
 from spry_app.protocol import Introduction, Task
+from spry_app.server.devices import kept
 
 Labels = tuple[tuple[str, ...], list[list[int]]]
 """Names of the labels, and of every shard its rows of each."""
@@ -35,44 +37,60 @@ class Roster:
             "started": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         }
         self._tasks: Mapping[int, Task] = {}
-        self._used: set[int] = set()
+        self._method: Method | None = None
+        self._used: dict[int, int] = {}
         self._path.write_text("" if after is None else _until(self._path, after))
         self._write()
 
-    def asked(self, tasks: Mapping[int, Task], units: Iterable[str], introduced: Mapping[int, Introduction]) -> None:
+    def asked(
+        self, tasks: Mapping[int, Task], units: Iterable[str], introduced: Mapping[int, Introduction], method: Method
+    ) -> None:
         """What each node of the round is to train. introduced: all nodes that can be used."""
         if self._secret:
             return
-        self._tasks, self._used = tasks, set()
+        self._tasks, self._method, self._used = tasks, method, {}
         if {str(node) for node in introduced} != {node["node"] for node in self._about.get("nodes", ())}:
             self._about |= {"units": list(units), **self._nodes(introduced)}
             self._write()
 
-    def used(self, clients: Iterable[int]) -> None:
-        """Whose replies were: places among the round's clients."""
-        self._used = set(clients)
+    def used(self, steps: Mapping[int, int]) -> None:
+        """Whose replies were: places among the round's clients, with the local steps that each did."""
+        self._used = dict(steps)
 
     def end(self, round_: int) -> None:
         """Write the round down; one that asked nobody leaves nothing."""
         places = {unit: place for place, unit in enumerate(self._about.get("units", ()))}
-        hands: dict[tuple[int, ...], dict[str, list[str]]] = {}
+        hands: dict[tuple[tuple[int, ...], str, int], dict[str, list[Any]]] = {}
         for node, task in self._tasks.items():
-            hand = hands.setdefault(tuple(places[unit] for unit in task.units), {"nodes": [], "used": []})
+            key = (tuple(places[unit] for unit in task.units), *self._way(task))
+            hand = hands.setdefault(key, {"nodes": [], "used": [], "steps": []})
             hand["nodes"].append(str(node))
-            hand["used"] += [str(node)] * (task.client in self._used)
+            if task.client in self._used:
+                hand["used"].append(str(node))
+                hand["steps"].append(self._used[task.client])
         self._tasks = {}
         if hands:
-            line = {"round": round_, "hands": [{"units": units, **hand} for units, hand in hands.items()]}
+            told = [
+                {"units": units, "gradient": gradient, "directions": directions, **hand}
+                for (units, gradient, directions), hand in hands.items()
+            ]
+            line = {"round": round_, "hands": told}
             with self._path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
+
+    def _way(self, task: Task) -> tuple[str, int]:
+        """Name of the gradient, and its directions a batch; 0 where it is exact."""
+        assert self._method is not None
+        gradient = self._method.taking(task.gradient).gradient
+        return gradient.name, task.directions if gradient.slopes else 0
 
     def _nodes(self, introduced: Mapping[int, Introduction]) -> dict[str, Any]:
         """What they said of themselves, and of each its rows by label, where those follow from its number."""
         nodes: list[dict[str, Any]] = []
         for node, said in sorted(introduced.items(), key=lambda item: (item[1].partition, item[0])):
             told = asdict(said)
-            kept = {name: told[name] for name in ("partition", "examples", "heldout")}
-            nodes.append({"node": str(node), **kept, "memory-mib": said.memory_mib})
+            rows = {name: told[name] for name in ("partition", "examples", "heldout")}
+            nodes.append({"node": str(node), **rows, **kept(said)})
         found = self.labels(len(nodes))
         if found is None or not _agree(nodes, found[1]):
             return {"nodes": nodes}

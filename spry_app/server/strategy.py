@@ -13,9 +13,9 @@ from spry_app.autodiff.directions import Tensors
 from spry_app.autodiff.gradients import Gradient
 from spry_app.config import RunConfig
 from spry_app.errors import SpryError
-from spry_app.methods import Method, StepMemory
+from spry_app.methods import Method, Pace, StepMemory
 from spry_app.methods.global_state import GlobalState
-from spry_app.methods.replay import local_steps, seats
+from spry_app.methods.replay import seats
 from spry_app.protocol import (
     EVALUATE,
     TRAIN,
@@ -29,7 +29,7 @@ from spry_app.protocol import (
     to_arrays,
 )
 from spry_app.server.checkpoint import Checkpoint, Progress
-from spry_app.server.checks import Asked, most_examples, most_forwards, problem
+from spry_app.server.checks import Asked, problem
 from spry_app.server.clipping import clipped
 from spry_app.server.combining import Combiner
 from spry_app.server.crew import crew
@@ -97,7 +97,7 @@ class SpryStrategy(Strategy):
         """Everything that the next round depends on."""
         progress = Progress(self.recorder.current.round, self.state.round, self.barren_rounds)
         kept = self.combiner.weighting.kept
-        return Checkpoint(progress, self.snapshot(), self.state.optimizer.moments, self.update, kept)
+        return Checkpoint(progress, self.snapshot(), self.state.optimizer.moments, self.update, kept, self.fleet.limits)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on after its round. Clients are then new to the downlink, which sends them every tensor at first."""
@@ -105,6 +105,7 @@ class SpryStrategy(Strategy):
         self.state.load(progress.state_round, checkpoint.tensors, checkpoint.moments)
         self.update, self.barren_rounds, self.rounds_before = checkpoint.update, progress.barren_rounds, progress.round
         self.combiner.weighting.load(checkpoint.weighting)
+        self.fleet.limits = dict(checkpoint.limits)
         self.downlink = DOWNLINKS[self.method.send](self.state)
 
     def configure_train(
@@ -134,10 +135,12 @@ class SpryStrategy(Strategy):
                 evaluate=due and not self.config.privacy.mode,
                 measure=due and index == server_round % len(seats_of),
                 update=self.update_for(share, share.gradient),
+                deadline_s=self.config.client.deadline_s,
+                steps=share.steps,
             )
             for index, (node, share, seat) in enumerate(zip(clients.nodes, clients.shares, seats_of, strict=True))
         }
-        self.recorder.asked(self.tasks, self.units, self.fleet.introductions)
+        self.recorder.asked(self.tasks, self.units, self.fleet.introductions, self.method)
         self.guard.begin(self.tasks, nodes, arrays, self.fleet)
         if server_round == self.rounds_before + 1:
             self.recorder.warn(too_noisy(self.config, self.state, self.method, self.tasks.values()))
@@ -164,15 +167,20 @@ class SpryStrategy(Strategy):
         return {name: self.update[name] for name in self.perturbed(units, gradient)}
 
     def assign(
-        self, memory_mib: Sequence[float], round_: int, gradients: Sequence[tuple[str, ...]] = ()
+        self,
+        memory_mib: Sequence[float],
+        round_: int,
+        gradients: Sequence[tuple[str, ...]] = (),
+        paces: Sequence[Pace] = (),
     ) -> Sequence[Sequence[str]]:
         """The units of each client, or its Share.
 
         memory_mib: what a training step may take on each client, 0.0 where it has not said. gradients: that it can
-        take. Raises SpryError where a method of the user's own deals out what there is not.
+        take. paces: how fast it is; none where nobody is to do less for that. Raises SpryError where a method of the
+        user's own deals out what there is not.
         """
-        tensors = self.state.optimizer.tensors
-        return deal_out(self.config, self.method, self.units, tensors, memory_mib, round_, gradients, self.step_mib)
+        tensors, known = self.state.optimizer.tensors, (memory_mib, round_, gradients, self.step_mib, paces)
+        return deal_out(self.config, self.method, self.units, tensors, *known)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -188,7 +196,7 @@ class SpryStrategy(Strategy):
             raise SpryError(f"No usable reply in {MOST_BARREN_ROUNDS} rounds; round {server_round}:\n{reasons}")
         if not accepted:
             return None, None
-        before, accepted = self.snapshot(), self.guard.replies(accepted)
+        before, accepted = self.snapshot(), self.guard.replies(self.combiner.in_full(accepted))
         entry = self.entry(accepted)
         self.state.step(server_round, self.pseudo_gradient(accepted), self.combiner.hands(accepted))
         self.combiner.learn(accepted)
@@ -252,17 +260,8 @@ class SpryStrategy(Strategy):
 
     def problem(self, reply: TrainReply, task: Task) -> str:
         """Why a reply cannot be averaged; empty if it can."""
-        tensors, client, gradient = self.asked(task), self.config.client, self.gradient(task)
-        as_they_are = tensors.keys() & self.state.exact if self.method.reply == "slopes" else tensors.keys()
-        steps = local_steps(self.method, client)
-        asked = Asked(
-            tensors={name: tensors[name] for name in as_they_are},
-            steps=steps if tensors.keys() - as_they_are else 0,
-            slopes=task.directions * gradient.slopes_per_direction,
-            passes=most_forwards(gradient, task.directions),
-            examples=most_examples(steps, client),
-            score=task.evaluate,
-        )
+        tensors, exact, gradient = self.asked(task), self.state.exact, self.gradient(task)
+        asked = Asked.of(task, tensors, exact, gradient, self.method, self.config.client)
         return problem(reply, asked)
 
     def _check(self, message: Message, node: int) -> None:
