@@ -25,7 +25,14 @@ SHARED_DATA = Path(__file__).parent.parent.parent / "shared" / "data"
 
 
 DAILY = {
-    "test_every_method.py::test_a_federation_learns": {"spry", "decomfl", "fedspzo"},
+    "test_every_method.py::test_a_federation_learns": {"spry", "decomfl"},
+    "test_every_method.py::test_what_travels_is_what_was_counted_by_hand": {
+        "spry",
+        "spry-per-iteration",
+        "fedsgd",
+        "decomfl",
+        "fedspzo",
+    },
     "test_every_method.py::test_the_same_seed_gives_the_same_bits_though_a_reply_is_missing_and_one_is_broken": {
         "spry",
         "spry-per-iteration",
@@ -35,6 +42,12 @@ DAILY = {
     "test_privacy_in_rounds.py::test_every_method_runs_with_it_or_says_why_not": {"spry-central", "fedspzo-local"},
     "test_privacy_by_example.py::test_every_method_runs_with_it_or_says_why_not": {"spry", "fedavg", "fedspzo"},
     "test_noise_in_rounds.py::test_every_round_says_how_much_of_it_was_noise": {"spry", "fedavg"},
+    "test_noise_in_rounds.py::test_whoever_follows_the_log_scales_to_the_same_bits": {
+        "spry-per-iteration-gaussian",
+        "decomfl-orthogonal",
+        "fedspzo-gaussian",
+    },
+    "test_orthogonal.py::test_the_log_and_the_weights_give_the_same_run_to_the_bit": {"spry-per-iteration", "decomfl"},
     "test_subspace_runs.py::test_a_run_is_resumed_and_rebuilt_to_the_byte": {"singular"},
     "test_subspace_runs.py::test_a_round_of_every_method_changes_every_coordinate": {
         "spry-shared",
@@ -43,6 +56,7 @@ DAILY = {
     },
     "test_given.py::test_a_run_goes_on_from_the_adapter_of_another": {"lora", "prefix"},
     "test_export.py::test_an_adapter_and_its_merge_give_the_last_evaluation_of_the_run": {"lora", "core"},
+    "test_export.py::test_the_adapter_is_there_after_every_round_and_whole": {"lora", "core"},
 }
 """Contracts over a whole table, each a run or two a row: the rows of them that are not slow."""
 
