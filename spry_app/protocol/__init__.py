@@ -6,7 +6,6 @@ uplink    "arrays": values, gradients or nothing       "metrics": loss, counts, 
 
 from spry_app.protocol.device import Device
 from spry_app.protocol.records import (
-    LARGEST,
     MalformedReply,
     Tensors,
     content_bytes,
@@ -36,6 +35,7 @@ from spry_app.protocol.task import (
     introduction_request,
     with_frame,
 )
+from spry_app.slope_log import LARGEST
 
 __all__ = [
     "EVALUATE",

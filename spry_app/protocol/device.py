@@ -3,7 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Self
 
-from spry_app.protocol.records import LARGEST, MalformedReply, Record, said
+from spry_app.protocol.records import MalformedReply, Record, said
+from spry_app.slope_log import LARGEST
 
 MOST_NAMED = 120
 """Characters of an accelerator's name."""

@@ -9,7 +9,8 @@ from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
 from spry_app.errors import OutOfMemory, SpryError
 from spry_app.protocol.device import Device
-from spry_app.protocol.records import LARGEST, MalformedReply, Record, Tensors, content_of, tensors_in, to_arrays
+from spry_app.protocol.records import MalformedReply, Record, Tensors, content_of, tensors_in, to_arrays
+from spry_app.slope_log import LARGEST
 
 MOST_EXAMPLES = 2**31
 """Rows that a node may say it has."""
