@@ -19,7 +19,7 @@ from spry_app.launcher.logs import read
 DEADLINE_S = 60.0
 SLACK_S = 15.0
 """Of a busy machine, beside a deadline: Flower looks for replies every few seconds."""
-STEPS_S = 30.0
+STEPS_S = 20.0
 """That clients have for their steps."""
 FORGOTTEN_S = 75.0
 """After which Flower has given up a process whose heartbeats have ended: twice 30 s, and a look."""
@@ -161,11 +161,29 @@ def slow(ground: Ground) -> Row:
     return run.row(f"{_said(run, 2)}; the node answers from round {run.back(2)} on")
 
 
+def late_reply(ground: Ground) -> Row:
+    """The worker stands still until its round is over, and goes on then."""
+    node = ground.nodes["first"]
+    keys = {"method": "spry", "server.late-replies": "discount", "num-server-rounds": ROUNDS + 2}
+    run = ground.submit(**keys, **{"server.round-timeout-s": DEADLINE_S})
+    run.until_round(1)
+    run.until_training(node)
+    stopped = node.worker.process()
+    kill(stopped, signal.SIGSTOP)
+    run.until_round(2)
+    kill(stopped, signal.SIGCONT)
+    run.completed()
+    used = [(line["round"], said) for line in run.rounds for said in line["late"]]
+    promise(len(used) == 1 and "its reply to round 2" in used[0][1], f"its reply is used, and once; {used}")
+    promise(not any(line["refused"] for line in run.rounds), "nothing is refused")
+    promise(run.rounds[-1]["answered"] == 2, "the node takes part again")
+    return run.row(f"{_said(run, 2)}; the reply is used in round {used[0][0]}, discounted")
+
+
 def partial(ground: Ground) -> Row:
     """The worker stands still until its deadline is over, in the middle of a task."""
     node = ground.nodes["first"]
-    keys = {"client.deadline-s": STEPS_S, "client.local-steps": 512, "num-server-rounds": ROUNDS + 1}
-    run = ground.submit(**keys)
+    run = ground.submit(**{"client.deadline-s": STEPS_S, "client.local-steps": 128})
     run.until_round(1)
     run.until_training(node)
     stopped, over = node.worker.process(), time.monotonic() + STEPS_S
@@ -176,7 +194,7 @@ def partial(ground: Ground) -> Row:
     second = run.round(2)
     done, asked = second["steps"], second["steps-asked"]
     promise((second["answered"], second["reasons"]) == (2, []), f"nobody is lost; {second['reasons']}")
-    promise(second["partial"] >= 1 and 2 <= done < asked == 1024, f"part of the steps; {done} of {asked}")
+    promise(second["partial"] >= 1 and 2 <= done < asked == 256, f"part of the steps; {done} of {asked}")
     return run.row(f"2 of 2 answer in round 2, with {done} of {asked} local steps")
 
 
@@ -217,6 +235,7 @@ DRILLS = (
     Drill("superlink", "SuperLink killed, started again", superlink),
     Drill("server-app", "server app killed", server_app),
     Drill("slow", f"a node slower than the deadline ({DEADLINE_S:g} s)", slow),
+    Drill("late-reply", 'the same, with server.late-replies="discount"', late_reply),
     Drill("partial", f"a node slower than client.deadline-s ({STEPS_S:g} s)", partial),
     Drill("late", "a node that joins late", late),
     Drill("disk", "disk full at the server", disk),

@@ -22,6 +22,7 @@ LINE: dict[str, Any] = {
     "partial": 0,
     "steps": 0,
     "steps-asked": 0,
+    "late": [],
     "noise": None,
     "epsilon": None,
     "sampled-from": None,

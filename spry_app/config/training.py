@@ -91,7 +91,13 @@ class ServerConfig(Section):
     wait_timeout_s: Seconds = 120.0
     """How long to wait for `min-available-nodes`."""
     round_timeout_s: Seconds = 600.0
-    """How long to wait for the replies of a round; later ones are lost."""
+    """How long to wait for the replies of a round; what becomes of later ones, `late-replies` says."""
+    late_replies: Literal["drop", "discount"] = "drop"
+    """Replies that come after `round-timeout-s`: lost, or used once, in the round in which they come, with the change
+    times `late-discount`. They are waited for as long again; until then their nodes are asked for nothing else. Not for
+    replies of slopes, nor with privacy."""
+    late_discount: float = Field(0.5, gt=0, le=1)
+    """What is left of a late client's change, for each round that it is late."""
     max_slope: Limit = 0.0
     """Slopes of a client are cut to at most this, either way, before they are used and logged; 0 for no bound. How many
     were cut is in metrics.jsonl."""

@@ -69,6 +69,8 @@ def describe(row: Row, first: Row | None) -> str:
         parts.append(f"{row['answered']} of {row['asked']} devices answered")
     if row["refused"]:
         parts.append(f"{row['refused']} refused")
+    if row.get("late"):
+        parts.append(f"{len(row['late'])} late")
     if row.get("partial"):
         parts.append(f"{row['partial']} partial ({row['steps']} of {row['steps-asked']} steps)")
     parts.append(f"sent {row['mib-up'] + row['mib-down']:.2f} MiB")

@@ -91,6 +91,7 @@ def get_method(config: RunConfig) -> Method:
             'weights or a gradient (method="spry", "fedavg", "fedsgd"), or assign="by-depth".'
         )
     _check_weighting(config, method)
+    _check_late_replies(config, method)
     _check_privacy(config, method)
     return method
 
@@ -110,6 +111,24 @@ def _check_weighting(config: RunConfig, method: Method) -> None:
             f"server.weighting={config.server.weighting!r}: with privacy.mode={config.privacy.mode!r} weights would "
             "tell of replies without noise, or take noise that was added for a gradient's own. Use "
             'server.weighting="examples", or privacy.mode="".'
+        )
+
+
+def _check_late_replies(config: RunConfig, method: Method) -> None:
+    if config.server.late_replies == "drop":
+        return
+    if method.reply == "slopes":
+        raise SpryError(
+            f"server.late-replies={config.server.late_replies!r}: clients of method={config.method!r} reply with "
+            "slopes, from which server, clients and log repeat steps at the tensors of one round, and a late reply was "
+            'measured at those of another. Use server.late-replies="drop", or a method whose clients reply with '
+            'weights or a gradient (method="spry").'
+        )
+    if config.privacy.mode:
+        raise SpryError(
+            f"server.late-replies={config.server.late_replies!r}: with privacy.mode={config.privacy.mode!r} a client "
+            "counts by the rounds that it was asked in, and a late reply would enter another. Use "
+            'server.late-replies="drop", or privacy.mode="".'
         )
 
 

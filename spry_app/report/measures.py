@@ -7,7 +7,7 @@ from spry_app.report.folder import Row, Run, number
 
 _SPENT = ("mib", "mib-up", "mib-down", "forwards", "seconds", "client-seconds", "peak-mib", "epsilon")
 _COUNTED = ("round", "rounds", "asked", "answered", "refused", "clipped", "sampled-from", "reasons", "noise")
-_DONE = ("partial", "steps", "steps-asked")
+_DONE = ("partial", "steps", "steps-asked", "late")
 NO_QUALITY = frozenset((*_SPENT, *_COUNTED, *_DONE))
 """Names in a line of metrics.jsonl that say what a round was or cost; all other numbers say what it gave."""
 _OF_WHOM = {"train-": "training batches", "personalised-": "personalised, held-out"}

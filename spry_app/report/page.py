@@ -137,16 +137,23 @@ def _costs(run: Run) -> Section | None:
     cosine = Run(run.name, noise).curve("cosine")
     charts.append(line_chart("Expected cosine of a round's step with its gradient", "round", [("all units", cosine)]))
     sentences = [str(run.result["privacy"])] if run.result.get("privacy") else []
-    return Section("Round by round", [chart for chart in charts if chart], sentences + _partial(run))
+    return Section("Round by round", [chart for chart in charts if chart], sentences + _slow(run))
 
 
-def _partial(run: Run) -> list[str]:
-    partial, done, asked = (sum(number(r.get(n)) or 0 for r in run.rounds) for n in ("partial", "steps", "steps-asked"))
-    if not partial:
-        return []
-    why = f"client.deadline-s={seconds}" if (seconds := run.config.get("client.deadline-s")) else "less for slow nodes"
-    told = f"{shown(partial)} replies were of part of their local steps"
-    return [f"With {why}, {told}; in all, {shown(done)} of {shown(asked)} were done."]
+def _slow(run: Run) -> list[str]:
+    """Replies of less than their steps, and after their round."""
+    names, config, found = ("partial", "steps", "steps-asked"), run.config, list[str]()
+    partial, done, asked = (sum(number(line.get(name)) or 0 for line in run.rounds) for name in names)
+    late = sum(len(line.get("late") or ()) for line in run.rounds)
+    if partial:
+        seconds = config.get("client.deadline-s")
+        why = f"client.deadline-s={seconds}" if seconds else "less for slow nodes"
+        told = f"{shown(partial)} replies were of part of their local steps"
+        found.append(f"With {why}, {told}; in all, {shown(done)} of {shown(asked)} were done.")
+    if late:
+        told = f"{shown(late)} replies came after their round and were used in a later one"
+        found.append(f"{told}, with server.late-discount={config.get('server.late-discount', '?')}.")
+    return found
 
 
 def _clients(run: Run, crew: Crew) -> Section:

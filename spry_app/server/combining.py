@@ -136,7 +136,28 @@ class Combiner:
 
     def __init__(self, config: RunConfig, method: Method, state: GlobalState, units: Units, guard: Guard) -> None:
         self._method, self._state, self._units, self._guard = method, state, units, guard
+        self._discount = config.server.late_discount
         self.weighting = WEIGHTINGS[config.server.weighting](config, method, units)
+
+    def as_used(self, accepted: Accepted) -> Accepted:
+        """The replies as they enter the mean: `in_full`, and those of earlier rounds discounted.
+
+        A late client's change is that from the tensors which it started from, and is scaled down by
+        `server.late-discount` for each round that it is late. In the mean it counts like any other, so that the step
+        gets smaller by what it lacks (FedBuff, arXiv:2106.06639, whose discount is a root of the rounds; a factor a
+        round is ours).
+        """
+        now, discount = self._guard.recorder.current.round, self._discount
+        return [
+            (task, self._scaled(task, reply, discount ** (now - task.round)) if task.round < now else reply)
+            for task, reply in self.in_full(accepted)
+        ]
+
+    def _scaled(self, task: Task, reply: TrainReply, factor: float) -> TrainReply:
+        change = {name: factor * value for name, value in self.change(task, reply).items()}
+        if self._method.reply != "gradient":
+            change = {name: task.tensors[name] - value for name, value in change.items()}
+        return dataclasses.replace(reply, tensors=change)
 
     def in_full(self, accepted: Accepted) -> Accepted:
         """The replies, of which partial ones weigh as many examples as all of their steps would have had.
@@ -212,7 +233,8 @@ class Combiner:
     def learn(self, accepted: Accepted) -> None:
         """What the weights of later rounds follow from, once the round has its mean."""
         if self._method.reply != "slopes":
-            whole = [(task, reply) for task, reply in accepted if not reply.partial]
+            now = self._guard.recorder.current.round
+            whole = [(task, reply) for task, reply in accepted if not reply.partial and task.round == now]
             self.weighting.learn(self._as_asked(whole), self._changes(whole))
 
     def _changes(self, accepted: Accepted) -> list[tuple[Tensors, float]]:

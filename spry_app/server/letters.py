@@ -40,8 +40,17 @@ class Letters:
         self._answered.add(answers)
         return node
 
+    def waiting(self) -> dict[str, int]:
+        """Those of which no reply has come -> the node."""
+        return {letter: node for letter, node in self._asked.items() if letter not in self._answered}
+
+    def rest(self) -> "Letters":
+        """Those of which no reply has come, to be waited for by themselves; here they do not wait any more."""
+        rest = Letters()
+        rest._sent = [sent for sent in self._sent if sent.message_id not in self._answered]
+        self._answered |= {sent.message_id for sent in rest._sent}
+        return rest
+
     def given_up(self) -> list[int]:
         """The nodes of which no reply has come; their letters do not wait any more."""
-        waiting = [sent for sent in self._sent if sent.message_id not in self._answered]
-        self._answered |= {sent.message_id for sent in waiting}
-        return sorted(sent.dst_node_id for sent in waiting)
+        return sorted(sent.dst_node_id for sent in self.rest()._sent)

@@ -37,10 +37,10 @@ class Round:
     start. client_seconds: of the slowest client. peak_mib: of the first step of one client, a different one each time.
     asked, answered, refused: clients; refused replies were not used. clipped: replies that asked for more than a client
     may (clipping.py), and were used as far as it may. partial: replies of part of their local steps
-    (`client.deadline-s`, assign="by-device"); steps, steps_asked: of all replies that were used. noise: of the mean of
-    the clients' changes (methods.noise): "signal-to-noise" and "cosine" with what would be left without noise, over all
-    units but an exact head, and the same of each unit, with how many independent "estimates" that was measured from (1:
-    from theory).
+    (`client.deadline-s`, assign="by-device"); steps, steps_asked: of all replies that were used. late: replies to
+    earlier rounds that came in this one and were used, by node. noise: of the mean of the clients' changes
+    (methods.noise): "signal-to-noise" and "cosine" with what would be left without noise, over all units but an exact
+    head, and the same of each unit, with how many independent "estimates" that was measured from (1: from theory).
     epsilon: that all rounds so far have cost, at `privacy.delta`. sampled_from: clients from which `asked` were drawn
     so that nobody knows which; `asked` where it is known.
     """
@@ -67,6 +67,7 @@ class Round:
     partial: int = 0
     steps: int = 0
     steps_asked: int = 0
+    late: list[str] = field(default_factory=list)
     noise: dict[str, Any] | None = None
     epsilon: float | None = None
     sampled_from: int | None = None
@@ -187,6 +188,14 @@ class Recorder:
             now.personalised = self.metrics_of(functools.reduce(operator.add, personal))
             now.personalised_accuracy = now.personalised.get("accuracy")
 
+    def late(self, tasks: Mapping[int, Task], used: Sequence[tuple[Task, TrainReply]]) -> None:
+        """Replies to an earlier round that are used in this one, of those `tasks`."""
+        self._forwards += sum(reply.forwards for _, reply in used)
+        for node, task in tasks.items():
+            if any(own is task for own, _ in used):
+                self.current.late.append(f"node {node}: its reply to round {task.round}")
+                log(INFO, "Used in round %d, late: %s", self.current.round, self.current.late[-1])
+
     def refuse(self, node: int, reason: str) -> None:
         """Count a reply that was not used, and say why."""
         reason = said(reason)
@@ -237,9 +246,9 @@ class Recorder:
             "epsilon": now.epsilon,
         }
         numbers = "".join(f"  {name} {value:.4f}" for name, value in shown.items() if value is not None)
-        partial = f" ({now.partial} partial)" if now.partial else ""
+        beside = "".join(f" ({n} {what})" for n, what in ((now.partial, "partial"), (len(now.late), "late")) if n)
         left = now.seconds / now.round * (now.rounds - now.round) if now.round else 0.0
         return (
-            f"round {now.round}/{now.rounds}{numbers}  clients {now.answered}/{now.asked}{partial}  "
+            f"round {now.round}/{now.rounds}{numbers}  clients {now.answered}/{now.asked}{beside}  "
             f"sent {now.mib_down:.2f} MiB  received {now.mib_up:.2f} MiB  {left:.0f} s left"
         )

@@ -38,9 +38,11 @@ from spry_app.server.downlink import DOWNLINKS
 from spry_app.server.evaluation import is_due, scoring_tasks, summed
 from spry_app.server.fleet import Fleet
 from spry_app.server.guard import Accepted
+from spry_app.server.late import LATE_REPLIES
 from spry_app.server.letters import Letters
 from spry_app.server.noise import too_noisy
 from spry_app.server.privacy import GUARDS
+from spry_app.server.reading import Reader
 from spry_app.server.record import Recorder
 from spry_app.slope_log import Entry
 
@@ -83,6 +85,8 @@ class SpryStrategy(Strategy):
         """How the last round with a usable reply changed the tensors."""
         self.tasks: dict[int, Task] = {}
         self.letters = Letters()
+        self.reader = Reader(recorder, self._check, self.problem, self.clipped)
+        self.late = LATE_REPLIES[config.server.late_replies](config.server.round_timeout_s)
         self.step_mib: StepMemory | None = None
         """What a step takes, for an assignment by memory (run.py); None where every step fits."""
         self.barren_rounds = 0
@@ -114,7 +118,8 @@ class SpryStrategy(Strategy):
         """One message a node: its units, its seed, the current adapter."""
         server_round += self.rounds_before
         self.recorder.begin(server_round)
-        nodes = self.fleet.available(grid)
+        self.late.look(grid)
+        nodes = self.late.free(self.fleet.available(grid))
         order = self.guard.order(server_round, len(nodes))
         clients = crew(self.config, self.method, self.state, self.fleet, nodes, self.assign, server_round, order)
         perturbed = [self.perturbed(share, share.gradient) for share in clients.shares]
@@ -187,16 +192,17 @@ class SpryStrategy(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Mean per tensor over the clients that trained it, weighted by examples; then the server's step."""
         server_round += self.rounds_before
-        accepted = self._accept(replies)
+        late, accepted = self.reader.late(self.late.come()), self._accept(replies)
         now = self.recorder.current
         self.recorder.trained(accepted)
+        accepted += late
         self.barren_rounds = 0 if accepted else self.barren_rounds + 1
         if self.barren_rounds == MOST_BARREN_ROUNDS:
             reasons = "\n".join(f"  {reason}" for reason in now.reasons)
             raise SpryError(f"No usable reply in {MOST_BARREN_ROUNDS} rounds; round {server_round}:\n{reasons}")
         if not accepted:
             return None, None
-        before, accepted = self.snapshot(), self.guard.replies(self.combiner.in_full(accepted))
+        before, accepted = self.snapshot(), self.guard.replies(self.combiner.as_used(accepted))
         entry = self.entry(accepted)
         self.state.step(server_round, self.pseudo_gradient(accepted), self.combiner.hands(accepted))
         self.combiner.learn(accepted)
@@ -233,22 +239,10 @@ class SpryStrategy(Strategy):
         return {name: task.tensors[name] for unit in task.units for name in self.units[unit]}
 
     def _accept(self, replies: Iterable[Message]) -> Accepted:
-        """Replies that can be averaged, in the order of the clients (arrival order differs from run to run)."""
-        accepted: dict[int, tuple[Task, TrainReply]] = {}
-        for message in replies:
-            node = message.metadata.src_node_id
-            try:
-                self.recorder.received(size_bytes(message))
-                node = self.letters.sender(message)
-                self._check(message, node)
-                task, reply = self.tasks[node], TrainReply.from_message(message, self.recorder.task.sums)
-                if reason := self.problem(reply, task):
-                    raise MalformedReply(reason)
-                accepted[task.client] = (task, self.clipped(task, reply))
-            except MalformedReply as error:
-                self.recorder.refuse(node, str(error))
-        self.recorder.silent(self.letters.given_up())
-        return [accepted[client] for client in sorted(accepted)]
+        """Replies of this round that can be averaged."""
+        accepted = self.reader.read(replies, self.letters, self.tasks)
+        self.recorder.silent(self.late.closed(self.letters, self.tasks))
+        return accepted
 
     def clipped(self, task: Task, reply: TrainReply) -> TrainReply:
         """No more of a reply than one client may ask for."""
