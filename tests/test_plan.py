@@ -37,10 +37,6 @@ WIDER = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4}
 GRADIENTS = ("backprop", "checkpointed backprop", "forward mode", "central difference")
 """Names of rows; the others differ from these in the number of passes alone, or in that of directions."""
 TOGETHER = "forward mode, K at once"
-WITH_SILU = {"llama", "mistral", "qwen2", "qwen3", "phi3"}
-"""Without data PyTorch writes the derivative of SiLU out, where directions share a pass: it is counted with temporaries
-of one more activation than the kernel has, most of all in a model as shallow as these.
-"""
 FAMILIES = [family for family in ALL_MODELS if family in EXAMPLES]
 
 
@@ -99,8 +95,7 @@ def compare(folder: Path, family: str, names: tuple[str, ...], **keys: Any) -> N
         predicted = predictor.peaks(found[name], slices)[0]
         real = measured(found[name], slices)
         print(f"{family}, {name}: predicted {predicted:.3f}, measured {real:.3f} MiB")
-        above = 0.25 if family in WITH_SILU and name == TOGETHER else 0.1
-        assert 0.9 * real - 0.02 <= predicted <= (1 + above) * real + 0.02, (family, name)
+        assert 0.9 * real - 0.02 <= predicted <= 1.1 * real + 0.02, (family, name)
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family in MODELS])
@@ -171,7 +166,7 @@ def test_a_model_that_is_not_there_is_an_error(folder: str) -> None:
 
 
 def row(gradient: str, **values: Any) -> Row:
-    return Row(gradient=gradient, hand="all", **{"fits": True, "total_mib": 10.0, "least_mib": 10.0} | values)
+    return Row(gradient=gradient, hand="all", **{"fits": True, "total_mib": 10.0} | values)
 
 
 def test_an_exact_gradient_is_worth_as_many_passes_as_slopes_need_for_its_progress() -> None:
@@ -183,7 +178,7 @@ def test_an_exact_gradient_is_worth_as_many_passes_as_slopes_need_for_its_progre
     together = dataclasses.replace(slopes, holders=10)  # 80 directions for 799 numbers: 11 times, not 101
     assert advise([together, dataclasses.replace(exact, forwards=120.0)], 100.0).row == 0
     assert advise([together, dataclasses.replace(exact, forwards=100.0)], 100.0).row == 1
-    alone = advise([slopes, dataclasses.replace(exact, fits=False, least_mib=200.0)], 100.0)
+    alone = advise([slopes, dataclasses.replace(exact, fits=False, total_mib=200.0)], 100.0)
     assert alone.row == 0 and "no backpropagation fits (the least takes 200 MiB)" in alone.reason
     assert advise([dataclasses.replace(slopes, fits=False)], 1.0).row is None
 
