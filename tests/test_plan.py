@@ -1,6 +1,7 @@
 """`spry plan`: a task on tensors without data takes what the real one takes, and its advice follows from its rows."""
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -16,11 +17,15 @@ from tiny_models import ALL_MODELS, MODELS
 from transformers import AutoConfig, AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 from typer.testing import CliRunner
 
-from spry_app.autodiff.budget import Slices
+from spry_app.autodiff.budget import SMALLEST, Slices
+from spry_app.autodiff.directions import Seed
 from spry_app.autodiff.memory import peak_mib, return_freed_memory
 from spry_app.cli import app
+from spry_app.client.step import Step
 from spry_app.client.training import train
 from spry_app.config import RunConfig
+from spry_app.methods import get_method
+from spry_app.methods.replay import exact_names
 from spry_app.models import load_model
 from spry_app.models.skeleton import weights_bytes
 from spry_app.planner.advice import advise
@@ -30,6 +35,7 @@ from spry_app.planner.predict import Predictor
 from spry_app.planner.rows import Row
 from spry_app.planner.ways import Way, ways
 from spry_app.protocol import Task
+from spry_app.server.memory import step_memory
 from spry_app.tasks import get_task
 
 LENGTH, BATCH = 48, 8
@@ -112,6 +118,24 @@ def test_every_family_is_predicted_to_a_tenth(tmp_path: Path, family: str) -> No
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_a_step_on_quantised_weights_is_predicted_to_a_tenth(tmp_path: Path, quantization: str) -> None:
     compare(tmp_path, "llama", ("backprop", "forward mode"), **{"model.quantization": quantization})
+
+
+def test_the_smallest_steps_by_which_units_are_dealt_out_are_predicted_to_a_tenth(tmp_path: Path) -> None:
+    """A client's own step of one example, in the smallest slices, on the units from each block up."""
+    settings = config(wide(tmp_path, "bert"), method="spry")
+    task, method = get_task(settings.data), get_method(settings)
+    adapted = load_model(settings.model, settings.adapter, 3, 0, task=task)
+    node, depths = node_of(adapted, task, BATCH, LENGTH), adapted.depths()
+    predicted = step_memory(adapted, node.train, settings, method)
+    for kind in ("backprop", "checkpointed-backprop", "forward-mode", "central-difference"):
+        own = method.taking(kind)
+        for lowest in (0, 1, 2):
+            tensors = {name: value for name, value in adapted.tensors().items() if depths[name] >= lowest}
+            exact = exact_names(adapted.units, own, settings.head_gradient) & tensors.keys()
+            step = functools.partial(Step(node, own.gradient, exact, 1, SMALLEST).estimate, [1], tensors)
+            step(Seed(0, 0, 0, 0))  # what is tried once a process
+            real = peak_mib(functools.partial(step, Seed(0, 0, 0, 0)), "cpu")
+            assert predicted(kind, lowest) == pytest.approx(real, rel=0.1, abs=0.005), (kind, lowest)
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
