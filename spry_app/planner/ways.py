@@ -1,6 +1,8 @@
 """What is compared: ways to a gradient and hands of units, as run-config keys over those of a run. Nothing runs."""
 
-from collections.abc import Collection, Iterator, Sequence
+import dataclasses
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from spry_app.config import RunConfig, Scalar
@@ -66,6 +68,16 @@ def ways(
             found = _allowed(name, hand, keys, config, own, adapted, clients, highest)
             if found is not None:
                 yield found
+
+
+def kinds(config: RunConfig, adapted: AdaptedModel, clients: int, names: Iterable[str]) -> Iterator[Way]:
+    """The run as it is set, with each of these gradients (autodiff.gradients) for all clients; without those that its
+    method cannot take.
+    """
+    own = _way(AS_SET, "own", {}, config, adapted, clients, False)
+    for name in names:
+        with suppress(SpryError):
+            yield dataclasses.replace(own, name=name, keys={"gradient": name}, method=own.method.taking(name))
 
 
 def _allowed(

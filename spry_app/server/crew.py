@@ -44,6 +44,8 @@ def crew(
         clients = fleet.sample(nodes, config.server.fraction_train, least, (config.seed, round_), order)
         hands = assign(fleet.memory_mib(clients), round_, fleet.gradients(clients))
         shares = [Share.of(hand) for hand in hands]
+        if kind := fleet.gradient(nodes):
+            shares = [Share(share, kind, share.directions) for share in shares]
         _check(config, shares)
         directions, enough = _directions(config, method, state, shares)
         if enough or len(clients) == len(nodes):
