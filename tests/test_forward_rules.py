@@ -40,6 +40,7 @@ CASES: dict[Callable[..., Any], tuple[str, ...]] = {
     Tensor.matmul: ("products",),
     torch.bmm: ("batches",),
     Tensor.bmm: ("batches",),
+    F.silu: ("square",),
 } | dict.fromkeys(
     (torch.mul, Tensor.mul, torch.add, Tensor.add, torch.sub, Tensor.sub, torch.div, Tensor.div), ("elementwise",)
 )
@@ -111,6 +112,18 @@ def test_what_a_sum_returns_may_be_changed_in_place() -> None:
         return x + y
 
     assert_like_pytorch(function, {"x": noise(2, 3)}, ["x"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_silu_has_the_slope_of_its_formula_rounded_once(dtype: torch.dtype) -> None:
+    """Of x / (1 + exp(-x)), by backpropagation in float64."""
+    x = torch.linspace(-30, 30, 121, dtype=torch.float64).to(dtype)
+    leaf = x.double().requires_grad_(True)
+    (slope,) = torch.autograd.grad((leaf / (1 + torch.exp(-leaf))).sum(), leaf)
+    with torch.no_grad(), fwAD.dual_level(), ForwardRules():
+        for function in (F.silu, lambda x: F.silu(x * 1, inplace=True)):
+            tangent = fwAD.unpack_dual(function(dual(x, torch.ones_like(x)))).tangent
+            torch.testing.assert_close(tangent.double(), slope, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 
 @pytest.mark.parametrize("dim", [-1, 0, 1])

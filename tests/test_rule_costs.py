@@ -83,11 +83,12 @@ TENSOR_MIB = 0.25
         lambda x, y: x * y,
         lambda x, y: x + y[0],
         lambda x, y: x**2,
+        lambda x, y: F.silu(x),
         lambda x, y: torch.softmax(x, -1),
         lambda x, y: F.layer_norm(x, (1024,), y[0]),
         lambda x, y: F.rms_norm(x, (1024,), y[0]),
     ],
-    ids=["mul", "add", "pow", "softmax", "layer_norm", "rms_norm"],
+    ids=["mul", "add", "pow", "silu", "softmax", "layer_norm", "rms_norm"],
 )
 def test_elementwise_rules_need_no_memory_beyond_their_result(function: Callable[..., Tensor]) -> None:
     """Value and tangent, and one temporary at most; PyTorch's own take up to four."""

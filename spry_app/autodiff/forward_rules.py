@@ -116,6 +116,12 @@ def _power(input: Pair, exponent: Pair) -> Any:
     return along(products.square, input)
 
 
+@_rule(F.silu)
+def _silu(input: Pair, inplace: Pair = (False, None)) -> Any:
+    """Where directions share a pass, PyTorch writes the derivative out, with temporaries of that many activations."""
+    return NotImplemented if inplace[0] else along(products.silu, input)
+
+
 @_rule(torch.softmax, Tensor.softmax)
 def _softmax(input: Pair, dim: Pair, dtype: Pair = NONE) -> Any:
     return along(lambda x: norms.softmax(x, dim[0], dtype[0]), input)

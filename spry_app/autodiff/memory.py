@@ -18,7 +18,6 @@ from torch import Tensor
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from spry_app.autodiff.duals import split
 
@@ -153,14 +152,16 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if func.is_view:
             return func(*args, **kwargs)
-        old = {id(tensor.untyped_storage()) for tensor in _counted((args, kwargs), self._host)}
         out = _READS.get(func, func)(*args, **kwargs)
         if self._host and func is _TO and args[0].device != out.device and args[0].dtype == out.dtype:
             return out
-        for tensor in _counted(out, self._host):
-            storage = tensor.untyped_storage()
-            if id(storage) not in old and id(storage) not in self._storages:
-                self._follow(storage)
+        made = [tensor.untyped_storage() for tensor in _counted(out, self._host)]
+        made = [storage for storage in made if id(storage) not in self._storages]
+        if made:
+            old = {id(tensor.untyped_storage()) for tensor in _counted((args, *kwargs.values()), self._host)}
+            for storage in made:
+                if id(storage) not in old and id(storage) not in self._storages:
+                    self._follow(storage)
         return out
 
     def _follow(self, storage: torch.UntypedStorage) -> None:
@@ -175,13 +176,17 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.peak = max(self.peak, self._alive)
 
 
-def _counted(tree: Any, host: bool) -> Iterator[Tensor]:
-    for leaf in tree_leaves(tree):
-        if isinstance(leaf, Tensor) and (leaf.is_meta or host):
-            while is_functorch_wrapped_tensor(leaf):  # torch.func mostly unwraps them, and not for `tensor.data`
-                leaf = get_unwrapped(leaf)
-            if not leaf._is_zerotensor():  # a tangent that is zero as a whole never has memory
-                yield leaf
+def _counted(some: Any, host: bool) -> Iterator[Tensor]:
+    """Of the arguments of an operation, or of what it returns: a tensor, or a sequence of such."""
+    if isinstance(some, Tensor):
+        if some.is_meta or host:
+            while is_functorch_wrapped_tensor(some):  # torch.func mostly unwraps them, and not for `tensor.data`
+                some = get_unwrapped(some)
+            if not some._is_zerotensor():  # a tangent that is zero as a whole never has memory
+                yield some
+    elif isinstance(some, list | tuple):
+        for each in some:
+            yield from _counted(each, host)
 
 
 def _number(tensor: Tensor) -> Any:

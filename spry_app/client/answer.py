@@ -19,7 +19,7 @@ from spry_app.client.training import train as train_node
 from spry_app.client.trust import check_gradient, trusted
 from spry_app.config import RunConfig
 from spry_app.errors import OutOfMemory, SpryError
-from spry_app.methods import BY_MEMORY, Layout, Method, get_method
+from spry_app.methods import BY_MEMORY, Layout, Method, get_method, is_dealt
 from spry_app.methods.global_state import digest
 from spry_app.models import SENT, Fixed, difference
 from spry_app.offline import set_offline
@@ -51,7 +51,8 @@ def _answer(work: Work) -> Answer:
             node = load_node(config, context.node_config, _frame(message, config, context.state))
             _check_base(node.adapted.fingerprint, expected_fingerprint(message), config)
             method = method.on(Layout(node.adapted.depths(), len(node.adapted.blocks)), config.client)
-            check_gradient(node, method.gradient, most_at_once(node, config))
+            if not is_dealt(config, method):
+                check_gradient(node, method.gradient, most_at_once(node, config))
             return work(node, message, method, config, context.state).to_message(message)
         except SpryError as error:
             return refusal(message, error)
@@ -66,7 +67,7 @@ def _answer(work: Work) -> Answer:
 
 @_answer
 def introduce(node: Node, message: Message, method: Method, config: RunConfig, state: RecordDict) -> Introduction:
-    if method.assign not in BY_MEMORY:
+    if not is_dealt(config, method):
         slices_of(node, method, config, state)  # a budget that is too small is refused before the first round
     return Introduction(
         partition=node.partition,
@@ -75,7 +76,7 @@ def introduce(node: Node, message: Message, method: Method, config: RunConfig, s
         heldout=len(node.heldout),
         digest=digest(node.start),
         memory_mib=node.memory_mib,
-        gradients=trusted(node, method.gradient, most_at_once(node, config), method.assign in BY_MEMORY),
+        gradients=trusted(node, method.gradient, most_at_once(node, config), is_dealt(config, method)),
         device=device_of(node, config),
     )
 

@@ -40,10 +40,13 @@ class RunConfig(Section):
     strategy: str = ""
     """"package.module:Class" for a Flower Strategy of your own, made with the arguments of SpryStrategy."""
     gradient: Literal[
-        "", "forward-mode", "central-difference", "one-sided-difference", "backprop", "checkpointed-backprop"
+        "", "auto", "forward-mode", "central-difference", "one-sided-difference", "backprop", "checkpointed-backprop"
     ] = ""
     """How a client gets a gradient; empty for the method's own. Central differences are taken over a step of 1e-3,
-    one-sided ones over 1e-4, whatever the method's own step."""
+    one-sided ones over 1e-4, whatever the method's own step. "auto" is for nodes that are alike: before the first round
+    the server takes what `spry plan` would advise for the least that a step may take on any of them
+    (`client.memory-budget-mib`, or a node's own `memory-budget-mib`), says why, and keeps to it, also when the run is
+    resumed."""
     assign: Literal["", "every-unit", "cyclic", "by-depth", "by-device"] = ""
     """Which client trains which units: all of them, dealt like cards (SPRY), or bands of neighbours with the upper ones
     for the nodes that state the least memory; or "by-device", an exact gradient (checkpointed backprop) to the nodes

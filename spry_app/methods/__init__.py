@@ -26,6 +26,9 @@ ASSIGNMENTS: dict[str, Assign] = {
 BY_MEMORY = frozenset({by_device})
 """Assignments that deal out what a node's memory holds: each share has slices of its own then, and no others."""
 
+AUTO = "auto"
+"""`gradient` that is chosen for the nodes of a run."""
+
 METHODS: dict[str, Method] = {
     "spry": Method(gradient=_FORWARD, assign=cyclic_split, server_optimizer="yogi", paper=_SPRY),
     "spry-per-iteration": Method(
@@ -59,11 +62,13 @@ METHODS: dict[str, Method] = {
 
 def get_method(config: RunConfig) -> Method:
     """The Method of a run: `method` names it; `gradient`, `assign`, `directions`, `send` and `server.optimizer` replace
-    one choice of its row each.
+    one choice of its row each; gradient "auto" none, for what is chosen later comes with the tasks (Method.taking).
     """
     changes: dict[str, Any] = {}
     if config.gradient:
-        changes |= {"gradient": GRADIENTS[config.gradient], "fit": as_it_is}
+        changes["fit"] = as_it_is
+    if config.gradient in GRADIENTS:
+        changes["gradient"] = GRADIENTS[config.gradient]
     if config.assign:
         changes["assign"] = ASSIGNMENTS[config.assign]
     if config.directions:
@@ -90,10 +95,20 @@ def get_method(config: RunConfig) -> Method:
             "repeats their steps, so their gradients must be of one kind. Use a method whose clients reply with "
             'weights or a gradient (method="spry", "fedavg", "fedsgd"), or assign="by-depth".'
         )
+    if method.assign in BY_MEMORY and config.gradient == AUTO:
+        raise SpryError(
+            f'gradient="auto" chooses one gradient for all clients, and assign={config.assign!r} one for each: leave '
+            'gradient "", or set assign to "every-unit", "cyclic" or "by-depth".'
+        )
     _check_weighting(config, method)
     _check_late_replies(config, method)
     _check_privacy(config, method)
     return method
+
+
+def is_dealt(config: RunConfig, method: Method) -> bool:
+    """Whether a client learns only with its task which gradient it takes, after all nodes have said what they can."""
+    return config.gradient == AUTO or method.assign in BY_MEMORY
 
 
 def _check_weighting(config: RunConfig, method: Method) -> None:
@@ -133,6 +148,11 @@ def _check_late_replies(config: RunConfig, method: Method) -> None:
 
 
 def _check_privacy(config: RunConfig, method: Method) -> None:
+    if config.privacy.unit == "example" and config.gradient == AUTO:
+        raise SpryError(
+            "privacy.unit='example' counts what a row says by one kind of gradient, and gradient=\"auto\" leaves open "
+            'which: name the gradient, or set privacy.unit="client".'
+        )
     if config.privacy.mode == "central" and (method.send, method.seeds) == ("log", "own"):
         raise SpryError(
             f"privacy.mode='central': method={config.method!r} sends every client the slopes of each other one "
@@ -158,6 +178,7 @@ def _find(name: str) -> Method:
 
 __all__ = [
     "ASSIGNMENTS",
+    "AUTO",
     "BY_MEMORY",
     "METHODS",
     "Deal",
@@ -167,4 +188,5 @@ __all__ = [
     "Share",
     "StepMemory",
     "get_method",
+    "is_dealt",
 ]

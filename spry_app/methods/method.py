@@ -74,21 +74,22 @@ class Method:
         return replace(self, gradient=self.fit(self.gradient, layout, config), fit=as_it_is)
 
     def taking(self, gradient: str) -> Self:
-        """The method of a client that takes another gradient of the table than the rest of its round; "" for the same.
+        """The method of a client that takes another gradient of the table than the method's; "" for that.
 
-        An exact one has no directions to pick. To be asked of what `on` has made. Raises SpryError where the gradients
-        of a round must be of one kind, or there is none of that name.
+        An exact one has no directions to pick. To be asked of what `on` has made. Raises SpryError where the server
+        could not repeat its steps from the slopes that it is to reply with, or there is no gradient of that name.
         """
         if gradient in ("", self.gradient.name):
             return self
         if gradient not in GRADIENTS:
             raise SpryError(f"A client was given gradient={gradient[:200]!r}; known: {', '.join(GRADIENTS)}.")
-        if self.reply == "slopes":
+        chosen, own = GRADIENTS[gradient], self.gradient
+        stand_for_the_same = chosen.slopes and chosen.combine is own.combine and own.slopes_per_direction == 1
+        if self.reply == "slopes" and not stand_for_the_same:
             raise SpryError(
                 f"A client was given gradient={gradient!r}, others {self.gradient.name}, and all reply with slopes, "
                 "from which the server repeats their steps: these must be of one kind. Use a method with "
                 'reply="weights" or "gradient" (method="spry", "fedavg", "fedsgd"), or an assign that gives all '
                 'clients one gradient ("every-unit", "cyclic", "by-depth").'
             )
-        chosen = GRADIENTS[gradient]
         return replace(self, gradient=chosen, pick=self.pick if chosen.slopes else FIRST)

@@ -49,7 +49,7 @@ def _reason(best: Row, rivals: Sequence[Row], limit_mib: float) -> str:
             f"{_mib(rival.up_bytes)} a round, this {_mib(best.up_bytes)}."
         )
     exact = [row for row in rivals if not row.perturbed]
-    least = min((row.least_mib for row in exact), default=0.0)
+    least = min((row.total_mib for row in exact), default=0.0)
     why = f"no backpropagation fits (the least takes {least:,.0f} MiB)" if exact else "nothing else is allowed here"
     return (
         f"{best.gradient}: {why}, and of what fits this needs the fewest forward passes for as much progress; {takes}."
@@ -60,10 +60,10 @@ def _what_would(rows: Sequence[Row], limit_mib: float) -> str:
     able = [row for row in rows if not row.error]
     if not able:
         return f"No way to a gradient is possible: {rows[0].error}"
-    least = min(able, key=lambda row: row.least_mib)
+    least = min(able, key=lambda row: row.total_mib)
     return (
         f"Nothing fits into {limit_mib:,.0f} MiB. The least is {least.gradient} ({least.hand} units) with one example "
-        f"at once: {least.least_mib:,.0f} MiB, of which the weights are {least.weights_mib:,.0f}."
+        f"at once: {least.total_mib:,.0f} MiB, of which the weights are {least.weights_mib:,.0f}."
     )
 
 

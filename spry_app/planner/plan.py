@@ -69,9 +69,9 @@ def plan(config: RunConfig, asked: Asked, progress: Progress = lambda _: None) -
     if milliseconds is None and device == find_device("auto"):
         progress("a forward pass here")
         milliseconds = forward_ms(config, len(adapted.blocks), at_once, length, device)
-    clients = min(asked.nodes, max(config.server.min_train_nodes, round(config.server.fraction_train * asked.nodes)))
-    desk = _Desk(predictor, memory, milliseconds, clients, asked)
-    rows = tuple(_rows(desk, ways(config, adapted, clients, asked.hands), progress))
+    clients = clients_of(config, asked)
+    desk = Desk(predictor, memory, milliseconds, clients, asked)
+    rows = tuple(rows_of(desk, ways(config, adapted, clients, asked.hands), progress))
     measured = asked.forward_ms is None and milliseconds is not None
     return Plan(config.model.name, str(device), memory, length, milliseconds, measured, rows, advise(rows, memory))
 
@@ -84,7 +84,7 @@ def _device(config: RunConfig, asked: Asked) -> torch.device:
 
 
 @dataclass(frozen=True)
-class _Desk:
+class Desk:
     """What all rows of a plan share."""
 
     predictor: Predictor
@@ -94,7 +94,13 @@ class _Desk:
     asked: Asked
 
 
-def _rows(desk: _Desk, found: Iterator[Way], progress: Progress) -> Iterator[Row]:
+def clients_of(config: RunConfig, asked: Asked) -> int:
+    """Of a round."""
+    return min(asked.nodes, max(config.server.min_train_nodes, round(config.server.fraction_train * asked.nodes)))
+
+
+def rows_of(desk: Desk, found: Iterator[Way], progress: Progress = lambda _: None) -> Iterator[Row]:
+    """One a way, also where it is not possible. The largest batch and length are those of the hand that comes first."""
     own = ""
     for way in found:
         own = own or way.hand
@@ -105,7 +111,7 @@ def _rows(desk: _Desk, found: Iterator[Way], progress: Progress) -> Iterator[Row
             yield Row(gradient=way.name, hand=way.hand, keys=way.keys, error=str(error))
 
 
-def _row(desk: _Desk, way: Way, limits: bool) -> Row:
+def _row(desk: Desk, way: Way, limits: bool) -> Row:
     predictor, client = desk.predictor, way.config.client
     slices, fits = _slices(desk, way)
     memory = predictor.memory(way, slices)
@@ -125,7 +131,6 @@ def _row(desk: _Desk, way: Way, limits: bool) -> Row:
         workspace_kib=slices.workspace_bytes >> 10,
         **{f"{name}_mib": value for name, value in dataclasses.asdict(memory).items()},
         total_mib=memory.total,
-        least_mib=memory.total if slices == SMALLEST else predictor.weights_mib + _least(desk, way),
         forwards=forwards,
         step_s=seconds,
         steps=steps,
@@ -159,7 +164,7 @@ def _shares(way: Way) -> bool:
     return way.method.gradient.slopes is forward_mode
 
 
-def _slices(desk: _Desk, way: Way) -> tuple[Slices, bool]:
+def _slices(desk: Desk, way: Way) -> tuple[Slices, bool]:
     """As the run sets them; where those do not fit, or it has a budget, the largest that do. And whether they fit."""
     predictor, budgeted = desk.predictor, bool(way.config.client.memory_budget_mib)
     limit, of_step = _limit(desk, way)
@@ -168,12 +173,15 @@ def _slices(desk: _Desk, way: Way) -> tuple[Slices, bool]:
     def peak(slices: Slices) -> float:
         return predictor.peaks(way, slices)[of_step]
 
+    def trial(slices: Slices) -> float:
+        return predictor.first_two(way, slices)[of_step]
+
     if not budgeted and peak(as_set) <= limit:
         return as_set, True
     try:
         rows = way.config.most_rows_at_once if budgeted else as_set.micro_batch
         at_once = way.config.client.directions if budgeted and _shares(way) else as_set.directions_at_once
-        chosen = fit(peak, rows, at_once, limit)
+        chosen = fit(trial, rows, at_once, limit)
     except DoesNotFit:
         return SMALLEST, False
     while peak(chosen) > limit and chosen != SMALLEST:
@@ -181,7 +189,7 @@ def _slices(desk: _Desk, way: Way) -> tuple[Slices, bool]:
     return chosen, peak(chosen) <= limit
 
 
-def _limit(desk: _Desk, way: Way) -> tuple[float, int]:
+def _limit(desk: Desk, way: Way) -> tuple[float, int]:
     """MiB above the model that may be taken, and by what: 0 the whole task, 1 its step alone."""
     room = desk.memory_mib - desk.predictor.weights_mib
     budget = way.config.client.memory_budget_mib
@@ -189,11 +197,7 @@ def _limit(desk: _Desk, way: Way) -> tuple[float, int]:
     return (stated, 1) if stated < room else (room, 0)
 
 
-def _least(desk: _Desk, way: Way) -> float:
-    return desk.predictor.peaks(way, SMALLEST)[0]
-
-
-def _most_examples(desk: _Desk, way: Way, slices: Slices) -> int:
+def _most_examples(desk: Desk, way: Way, slices: Slices) -> int:
     limit, of_step = _limit(desk, way)
     length = desk.predictor.length(way.config)
 
@@ -203,7 +207,7 @@ def _most_examples(desk: _Desk, way: Way, slices: Slices) -> int:
     return _furthest(peak, slices.micro_batch, MOST_EXAMPLES, limit)
 
 
-def _most_tokens(desk: _Desk, way: Way, slices: Slices) -> int:
+def _most_tokens(desk: Desk, way: Way, slices: Slices) -> int:
     limit, of_step = _limit(desk, way)
     length = desk.predictor.length(way.config)
     one = dataclasses.replace(slices, micro_batch=1)

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 
 import torch
 
-from spry_app.autodiff.budget import Slices
+from spry_app.autodiff.budget import SMALLEST, Slices
 from spry_app.autodiff.costs import Cost, suffix_above
 from spry_app.autodiff.directions import Seed
 from spry_app.autodiff.memory import MIB, on_the_host, with_peak
 from spry_app.autodiff.workspace import workspace
 from spry_app.client.training import prefix_of, train
-from spry_app.config import RunConfig
+from spry_app.config import DataConfig, RunConfig
+from spry_app.methods import Method
 from spry_app.methods.global_state import GlobalState, merged
 from spry_app.methods.replay import exact_names, local_steps
 from spry_app.models import AdaptedModel
@@ -29,8 +30,6 @@ from spry_app.protocol import Task, TrainReply, content_bytes
 from spry_app.server.downlink import DOWNLINKS
 from spry_app.slope_log import Entry, Measured
 from spry_app.tasks import get_task
-
-SMALLEST_WORKSPACE = 1 << 10
 
 
 @dataclass(frozen=True)
@@ -79,8 +78,8 @@ class Predictor:
         """Of a task of the run, in these slices."""
         length = self.length(way.config)
         whole, step = self.peaks(way, slices)
-        tight = self.alone(way, dataclasses.replace(slices, workspace_bytes=SMALLEST_WORKSPACE), length)[1]
-        activations = min(tight, self._forward(way.config, slices.micro_batch, length))
+        tight = self.alone(way, dataclasses.replace(slices, workspace_bytes=SMALLEST.workspace_bytes), length)[1]
+        activations = min(tight, self._forward(way.config.data, slices.micro_batch, length))
         room = max(0.0, min(slices.workspace_bytes / MIB, step - tight))
         return Memory(self.weights_mib, activations, step - room - activations, whole - step, room)
 
@@ -98,17 +97,22 @@ class Predictor:
         whole = last.peak_mib + (last.peak_mib - first.peak_mib) * more
         return whole, last.reply.peak_mib + (last.reply.peak_mib - first.reply.peak_mib) * more
 
+    def first_two(self, way: Way, slices: Slices) -> tuple[float, float]:
+        """The same for two micro-batches at the most: a little less than for many, and sooner known."""
+        found = self._any(way, slices)
+        return found.peak_mib, found.reply.peak_mib
+
     def alone(self, way: Way, slices: Slices, length: int) -> tuple[float, float]:
         """The same for a batch of one micro-batch, of so many tokens an example."""
         found = self._train(way, slices, slices.micro_batch, length)
         return found.peak_mib, found.reply.peak_mib
 
     @functools.lru_cache(maxsize=256)  # noqa: B019
-    def _forward(self, config: RunConfig, rows: int, length: int) -> float:
+    def _forward(self, data: DataConfig, rows: int, length: int) -> float:
         """Peak of a pass that nothing is asked of but the loss."""
-        node = node_of(self.adapted, get_task(config.data), rows, length)
+        node = node_of(self.adapted, get_task(data), rows, length)
         loss = objective(self.adapted, node.train, range(rows), Seed(0, 0, 0, 0))
-        with self._counting(), torch.no_grad(), workspace(SMALLEST_WORKSPACE):
+        with self._counting(), torch.no_grad(), workspace(SMALLEST.workspace_bytes):
             return with_peak(lambda: loss(node.start), self.adapted.device)[1]
 
     def forwards(self, way: Way, slices: Slices) -> float:
@@ -157,26 +161,30 @@ class Predictor:
             way, slices, min(way.config.client.batch_size, 2 * slices.micro_batch), self.length(way.config)
         )
 
-    @functools.lru_cache(maxsize=512)  # noqa: B019
     def _train(self, way: Way, slices: Slices, rows: int, length: int) -> "_Done":
         """One step of the client on so many rows, its message read and its reply made."""
-        node = node_of(self.adapted, get_task(way.config.data), rows, length)
-        changed = {"local_steps": 1, "batch_size": rows, "prefix_cache_disk_mib": 0}
+        changed = {"local_steps": 1, "batch_size": rows, "directions_at_once": 1, "prefix_cache_disk_mib": 0}
         client = way.config.client.model_copy(update=changed)
-        config = way.config.model_copy(update={"client": client})
+        config = way.config.model_copy(update={"client": client, "gradient": "", "assign": ""})
+        return self._done(way.method, config, way.units, slices, _few(way, slices), length)
+
+    @functools.lru_cache(maxsize=512)  # noqa: B019
+    def _done(
+        self, method: Method, config: RunConfig, units: tuple[str, ...], slices: Slices, directions: int, length: int
+    ) -> "_Done":
+        """Once for all ways that come to the same."""
+        node = node_of(self.adapted, get_task(config.data), config.client.batch_size, length)
         task = Task(
             round=1,
             client=0,
             tensors=node.start,
-            units=way.units,
+            units=units,
             fingerprint="0" * 64,
-            directions=_few(way, slices),
+            directions=directions,
             measure=True,
         )
         with self._counting():
-            reply, peak = with_peak(
-                functools.partial(train, node, task, way.method, config, slices), self.adapted.device
-            )
+            reply, peak = with_peak(functools.partial(train, node, task, method, config, slices), self.adapted.device)
         return _Done(task, reply, peak)
 
     def _counting(self) -> contextlib.AbstractContextManager[None]:

@@ -10,12 +10,12 @@ class Row:
     """gradient, hand: what it is called, and whose units it trains (ways.HANDS). keys: run-config keys beside the run's
     own that make it so, with the slices below.
 
-    examples_at_once, directions_at_once, workspace_kib: its slices (autodiff.budget). *_mib: of the device, adding up
-    to total_mib; least_mib: with the smallest slices. forwards: a step, in passes of one example. seconds: of a step,
-    None where the speed of the device is not known. steps: a round. *_bytes: a round and client. directions, perturbed:
-    K, and the numbers that slopes are for; both 0 where the gradient is exact. holders: clients of a round with
-    the same units, whose estimates are averaged. most_examples, most_tokens: that fit at
-    once (at this length), and in one example; 0 where it was not asked. error: why it is not possible at all.
+    examples_at_once, directions_at_once, workspace_kib: its slices (autodiff.budget), the smallest where nothing fits.
+    *_mib: of the device, adding up to total_mib. forwards: a step, in passes of one example. seconds: of a step, None
+    where the speed of the device is not known. steps: a round. *_bytes: a round and client. directions, perturbed: K,
+    and the numbers that slopes are for; both 0 where the gradient is exact. holders: clients of a round with the same
+    units, whose estimates are averaged. most_examples, most_tokens: that fit at once (at this length), and in one
+    example; 0 where it was not asked. error: why it is not possible at all.
     """
 
     gradient: str
@@ -32,7 +32,6 @@ class Row:
     optimizer_mib: float = 0.0
     workspace_mib: float = 0.0
     total_mib: float = 0.0
-    least_mib: float = 0.0
     forwards: float = 0.0
     step_s: float | None = None
     steps: int = 0

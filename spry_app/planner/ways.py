@@ -1,6 +1,7 @@
 """What is compared: ways to a gradient and hands of units, as run-config keys over those of a run. Nothing runs."""
 
-from collections.abc import Collection, Iterator, Sequence
+import dataclasses
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -96,6 +97,16 @@ def ways(
             found = runs.allowed(name, hand, keys, highest)
             if found is not None:
                 yield found
+
+
+def kinds(config: RunConfig, adapted: AdaptedModel, clients: int, names: Iterable[str]) -> Iterator[Way]:
+    """The run as it is set, with each of these gradients (autodiff.gradients) for all clients; without those that its
+    method cannot take.
+    """
+    own = _Runs(config, adapted, clients).way(AS_SET, "own", {})
+    for name in names:
+        with suppress(SpryError):
+            yield dataclasses.replace(own, name=name, keys={"gradient": name}, method=own.method.taking(name))
 
 
 def _extreme(hands: Sequence[Sequence[str]], adapted: AdaptedModel, highest: bool) -> Sequence[str]:

@@ -47,6 +47,8 @@ def crew(
         )  # what tasks depend on, a promise would have to count
         hands = assign(fleet.memory_mib(clients), round_, fleet.gradients(clients), paces)
         shares = [Share.of(hand) for hand in hands]
+        if kind := fleet.gradient(nodes):
+            shares = [Share(share, kind, share.directions) for share in shares]
         _check(config, shares)
         directions, enough = _directions(config, method, state, shares)
         if enough or len(clients) == len(nodes):

@@ -29,6 +29,10 @@ from spry_app.server.devices import sentence
 from spry_app.server.letters import Letters
 
 _POLL_S = 0.5
+Choose = Callable[[Sequence[float], Sequence[tuple[str, ...]]], str]
+"""(of each node the MiB that a step may take, 0.0 where it has not said; the gradients that it can take) -> name of the
+one for all; "" for the method's.
+"""
 MOST_TRIES = 3
 """Introductions that may fail or stay without an answer before a node is left out for the rest of the run."""
 
@@ -58,6 +62,8 @@ class Fleet:
         self._failed: Counter[int] = Counter()
         self.limits: dict[int, float] = {}
         """Of nodes that were out of memory, MiB; a checkpoint keeps them."""
+        self.choose: Choose | None = None
+        """Of one gradient for all nodes, where the run leaves it open (choice.py); None where it says which."""
 
     def available(self, grid: Grid) -> list[int]:
         """Connected, usable nodes, in the order of their partitions (node ids differ from run to run).
@@ -110,6 +116,10 @@ class Fleet:
     def gradients(self, nodes: Sequence[int]) -> list[tuple[str, ...]]:
         """Names of those that each of these available nodes can take."""
         return [self.introductions[node].gradients for node in nodes]
+
+    def gradient(self, nodes: Sequence[int]) -> str:
+        """Name of the one that every client takes, where it was chosen for these available nodes; else ""."""
+        return self.choose(self.memory_mib(nodes), self.gradients(nodes)) if self.choose else ""
 
     def limit(self, node: int, memory_mib: float) -> None:
         """From now on it may take no more than so much, whatever it has said."""

@@ -1,20 +1,23 @@
-"""What client's steps take, measured on the server's model: that of a run beside what backpropagation would take, and
-the smallest step of each gradient on the units from each block up.
+"""What clients' steps take: that of a run beside what backpropagation would take, measured on the server's model; and
+the smallest step of each gradient on the units from each block up, predicted on tensors without data.
 """
 
 import functools
 from collections.abc import Set
+from contextlib import nullcontext
 
 from spry_app.autodiff.budget import SMALLEST
 from spry_app.autodiff.directions import Seed
 from spry_app.autodiff.exact import estimate_with_exact
 from spry_app.autodiff.gradients import GRADIENTS, Gradient
-from spry_app.autodiff.memory import peak_mib
+from spry_app.autodiff.memory import on_the_host, peak_mib, with_peak
 from spry_app.autodiff.workspace import workspace
 from spry_app.config import RunConfig
+from spry_app.data import label_names
 from spry_app.methods import Method, StepMemory
 from spry_app.methods.replay import exact_names
 from spry_app.models import AdaptedModel
+from spry_app.models.skeleton import skeleton
 from spry_app.objectives import batch_of, head_cut
 from spry_app.tasks import Encoded
 
@@ -23,9 +26,12 @@ def step_memory(adapted: AdaptedModel, rows: Encoded, config: RunConfig, method:
     """(gradient, lowest block) -> MiB that the smallest step takes above the loaded model on the units from there up.
 
     One example, the longest of `rows`, and one direction at once, with the smallest temporaries: a node with more makes
-    more of it (client.slicing). Each is measured when it is first asked for, by a step on this machine.
+    more of it (client.slicing). Each is predicted when it is first asked for, for clients that compute on the CPU if
+    the server does; an exact step that a strong node can take may be more than the server's own memory holds.
     """
     longest = max(range(len(rows)), key=rows.length)
+    labels = len(label_names(config.data))
+    shape = skeleton(config.model, config.adapter, rows.task, labels, adapted.tokenizer)
     depths, seed = adapted.depths(), Seed(run=config.seed, round=0, client=0, step=0)
 
     @functools.cache
@@ -33,11 +39,13 @@ def step_memory(adapted: AdaptedModel, rows: Encoded, config: RunConfig, method:
         own = method.taking(gradient)
         tensors = {name: value for name, value in adapted.tensors().items() if depths[name] >= lowest}
         exact = exact_names(adapted.units, own, config.head_gradient) & tensors.keys()
-        with workspace(SMALLEST.workspace_bytes):
-            batch = batch_of(adapted, rows, [longest], 1, seed)
-            cut = head_cut(own.gradient, adapted, rows, exact, tensors)
+        where = on_the_host() if adapted.device.type == "cpu" else nullcontext()
+        with where, workspace(SMALLEST.workspace_bytes):
+            batch = batch_of(shape, rows, [longest], 1, seed)
+            tried = functools.partial(head_cut, own.gradient, shape, rows, exact, tensors)
+            cut = with_peak(tried, shape.device)[0]
             step = functools.partial(estimate_with_exact, own.gradient, batch, tensors, exact, seed, 1, 1, cut)
-            return peak_mib(step, adapted.device)
+            return peak_mib(step, shape.device)
 
     return mib
 

@@ -21,7 +21,7 @@ from spry_app.autodiff.memory import MIB
 from spry_app.config import RunConfig
 from spry_app.data import label_counts, label_names, load_corpus
 from spry_app.errors import SpryError
-from spry_app.methods import BY_MEMORY, Layout, Method, get_method
+from spry_app.methods import AUTO, BY_MEMORY, Layout, Method, get_method
 from spry_app.models import AdaptedModel, load_model, start_from
 from spry_app.models.pooled import is_copy
 from spry_app.models.sources import public_name
@@ -34,6 +34,7 @@ from spry_app.report import REPORT
 from spry_app.server.adapter_folder import write_adapter
 from spry_app.server.card import card
 from spry_app.server.checkpoint import load
+from spry_app.server.choice import Advise, OneGradient
 from spry_app.server.ending import reported
 from spry_app.server.frame_file import load_frame, save_frame
 from spry_app.server.memory import step_memory, step_peaks
@@ -62,14 +63,17 @@ class Federated:
     test: Encoded | None
 
 
-def run(grid: Grid, context: Context) -> None:
-    """Everything a run does. Raises (never exits) where it fails, so that Flower marks the run as failed."""
+def run(grid: Grid, context: Context, advise: Advise | None = None) -> None:
+    """Everything a run does. Raises (never exits) where it fails, so that Flower marks the run as failed.
+
+    advise: what chooses a gradient for gradient="auto" (choice.py).
+    """
     config = RunConfig.from_flower(context.run_config)
     set_offline(config.offline)
     folder = Path(config.resume or Path(config.output_dir, str(context.run_id))).expanduser().resolve()
     with reported(folder):
         try:
-            _run(grid, config, folder)
+            _run(grid, config, folder, advise)
         except (OSError, SafetensorError) as error:
             if not _is_disk_full(error):
                 raise
@@ -83,9 +87,9 @@ def _is_disk_full(error: Exception) -> bool:
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error)
 
 
-def _run(grid: Grid, config: RunConfig, folder: Path) -> None:
+def _run(grid: Grid, config: RunConfig, folder: Path, advise: Advise | None) -> None:
     with opened(config, folder) as telemetry:
-        done = federate(grid, config, folder, telemetry)
+        done = federate(grid, config, folder, telemetry, advise)
     rounds = done.recorder.rounds
     _write_adapter(done.adapted, done.arrays, done.method, config, done.recorder, whole=True)
     draw(rounds, folder / "picture.png", title=f"{config.method} on {config.data.source}")
@@ -96,7 +100,13 @@ def _run(grid: Grid, config: RunConfig, folder: Path) -> None:
     _write_result(folder, done.recorder, peaks)
 
 
-def federate(grid: Grid, config: RunConfig, folder: Path, telemetry: Telemetry | None = None) -> Federated:
+def federate(
+    grid: Grid,
+    config: RunConfig,
+    folder: Path,
+    telemetry: Telemetry | None = None,
+    advise: Advise | None = None,
+) -> Federated:
     """Load, and run all rounds; what they cost and gave is written into `folder` as they end.
 
     With config.resume, `folder` is that of a run which goes on after its last checkpoint.
@@ -132,6 +142,7 @@ def federate(grid: Grid, config: RunConfig, folder: Path, telemetry: Telemetry |
 
     if method.assign in BY_MEMORY and isinstance(strategy, SpryStrategy):
         strategy.step_mib = step_memory(adapted, _some_rows(config, adapted) if test is None else test, config, method)
+    one = _one_gradient(config, folder, strategy, advise)
     bottom = None if test is None else frozen(adapted, test, config.client.prefix_cache_mib * MIB)
     if checkpoint:
         checkpoint.check(adapted.tensors())
@@ -154,7 +165,20 @@ def federate(grid: Grid, config: RunConfig, folder: Path, telemetry: Telemetry |
     rounds = config.num_server_rounds - (checkpoint.progress.round if checkpoint else 0)
     start = checkpoint.tensors if checkpoint else adapted.tensors()
     arrays = _federate(strategy, grid, config, to_arrays(start), rounds, evaluate)
-    return Federated(adapted, method, arrays, recorder, test)
+    return Federated(adapted, method.taking(one.gradient if one else ""), arrays, recorder, test)
+
+
+def _one_gradient(config: RunConfig, folder: Path, strategy: Strategy, advise: Advise | None) -> OneGradient | None:
+    """Of a run that leaves it open; its clients are told with their tasks."""
+    if config.gradient != AUTO:
+        return None
+    if advise is None or not isinstance(strategy, SpryStrategy):
+        raise SpryError(
+            f'gradient="auto" is chosen by Spry\'s own server_app.py and Strategy; strategy is {config.strategy!r}: '
+            "name a gradient, or use a Strategy derived from SpryStrategy."
+        )
+    strategy.fleet.choose = one = OneGradient(config, folder, advise)
+    return one
 
 
 def _write_adapter(
