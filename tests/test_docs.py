@@ -90,7 +90,8 @@ def test_every_command_is_one_of_the_program_with_keys_and_values_that_it_takes(
     known = PROGRAM
     while words and words[0] in getattr(known, "commands", {}):
         known = known.commands[words.pop(0)]  # type: ignore[attr-defined]
-    options = {name for parameter in known.params for name in parameter.opts} | {"--help"}
+    options = {name for parameter in known.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    options |= {"--help"}
     assert known is not PROGRAM or set(words) <= options, command
     assert not [word for word in words if word.startswith("-") and word.split("=")[0] not in options]
     for option in ("--run-config", "-c"):
