@@ -4,7 +4,8 @@ PYTHON ?= python3
 # The torch to install first, so that nothing else chooses one. A build for CPU only, on Linux:
 #   make run TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu'
 TORCH  ?= torch==2.13.0
-# Arguments of `spry run`:  make run ARGS='--nodes 20 --run-config "num-server-rounds=5"'
+# Arguments of `spry run`:  make run ARGS='--nodes 20 --run-config "num-server-rounds=5"'. Without them, this run:
+DEMO   := --run-config 'preset="spry-core" schedule="linear"'
 ARGS   ?=
 
 BIN := .venv/bin
@@ -26,7 +27,7 @@ help:
 install: .venv/installed
 
 run: .venv/installed
-	@$(BIN)/spry run $(ARGS)
+	@$(BIN)/spry run $(or $(ARGS),$(DEMO))
 
 test: .venv/installed
 	@$(BIN)/python -m pytest
