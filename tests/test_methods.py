@@ -9,7 +9,7 @@ import pytest
 from spry_app.autodiff.gradients import GRADIENTS
 from spry_app.config import RunConfig, keys
 from spry_app.errors import SpryError
-from spry_app.methods import ASSIGNMENTS, METHODS, Deal, Method, get_method
+from spry_app.methods import ASSIGNMENTS, AUTO, METHODS, Deal, Method, get_method
 from spry_app.methods.assignment import depth_split
 from spry_app.optimizers import SERVER_OPTIMIZERS
 
@@ -69,9 +69,10 @@ def test_keys_replace_single_choices_of_a_method() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "table"), [("gradient", GRADIENTS), ("assign", ASSIGNMENTS), ("server.optimizer", SERVER_OPTIMIZERS)]
+    ("key", "table"),
+    [("gradient", {*GRADIENTS, AUTO}), ("assign", {*ASSIGNMENTS}), ("server.optimizer", {*SERVER_OPTIMIZERS})],
 )
-def test_a_key_that_replaces_a_choice_may_be_any_row_of_its_table(key: str, table: dict) -> None:
+def test_a_key_that_replaces_a_choice_may_be_any_row_of_its_table(key: str, table: set[str]) -> None:
     assert set(get_args(dict(keys())[key].annotation)) == {"", *table}
 
 

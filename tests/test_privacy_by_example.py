@@ -29,7 +29,7 @@ from spry_app.config import PrivacyConfig, RunConfig
 from spry_app.errors import SpryError
 from spry_app.methods import METHODS, Layout, get_method
 from spry_app.methods.global_state import GlobalState
-from spry_app.methods.replay import exact_names, passes
+from spry_app.methods.replay import exact_names, passes, steps_in_full
 from spry_app.privacy import Secret
 from spry_app.protocol import Task, TrainReply
 from spry_app.server.accountant import Release, epsilon
@@ -181,15 +181,18 @@ def test_a_batch_larger_than_the_shard_is_divided_by_the_shard(run_config: dict)
 
 
 @pytest.mark.parametrize("method", ["fedavg", "spry-per-iteration"])
-@pytest.mark.parametrize(("batch_size", "steps", "epochs"), [(8, 0, 1), (8, 0, 3), (8, 7, 1), (5, 3, 2), (100, 4, 1)])
+@pytest.mark.parametrize(
+    ("batch_size", "local_steps", "epochs"), [(8, 0, 1), (8, 0, 3), (8, 7, 1), (5, 3, 2), (100, 4, 1)]
+)
 def test_no_row_is_in_more_batches_than_are_counted_and_one_is_in_so_many(
-    method: str, batch_size: int, steps: int, epochs: int, run_config: dict
+    method: str, batch_size: int, local_steps: int, epochs: int, run_config: dict
 ) -> None:
-    keys = {"client.batch-size": batch_size, "client.local-steps": steps, "client.local-epochs": epochs}
+    keys = {"client.batch-size": batch_size, "client.local-steps": local_steps, "client.local-epochs": epochs}
     config = RunConfig.from_flower(run_config | keys)
     task = Task(1, 0, {}, (), "")
     for rows in (1, 7, 8, 24, 30):
-        batches = _local_batches(rows, task, METHODS[method], config)
+        steps = steps_in_full(rows, METHODS[method], config.client)
+        batches = _local_batches(steps, rows, task, config)
         seen = Counter(row for batch in batches for row in batch)
         assert max(seen.values()) == passes(rows, METHODS[method], config.client)
 
