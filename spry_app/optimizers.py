@@ -110,14 +110,16 @@ class NamedOptimizer:
         """The current values, by name; shared with the optimizer, so copy what must not change."""
         return {name: param.detach() for name, param in self._params.items()}
 
-    def step(self, gradient: Mapping[str, Tensor], parts: Mapping[str, float] | None = None, pace: float = 1.0) -> None:
+    def step(
+        self, gradient: Mapping[str, Tensor], parts: Mapping[str, float] | None = None, scale: float = 1.0
+    ) -> None:
         """Step the tensors named in `gradient`; the others and their moments stay as they are.
 
-        parts: of its step, what a tensor takes; all of it where none is given. pace: part of all step sizes.
+        parts: of its step, what a tensor takes; all of it where none is given. scale: part of all step sizes.
         Moments depend on neither.
         """
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = pace * rate
+            group["lr"] = scale * rate
         self._optimizer.zero_grad(set_to_none=True)
         for name, value in gradient.items():
             self._params[name].grad = value

@@ -2,7 +2,6 @@
 memory-mapped. What is in them, and what they depend on, is not known here.
 """
 
-import errno
 import fcntl
 import functools
 import hashlib
@@ -24,7 +23,7 @@ from datasets.fingerprint import generate_random_fingerprint
 from datasets.table import InMemoryTable
 from safetensors import SafetensorError
 
-from spry_app.errors import SpryError
+from spry_app.errors import SpryError, is_disk_full
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +127,7 @@ def _written_in(root: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error):
+        if is_disk_full(error):
             raise SpryError(
                 f"The disk of {root} is full ({error}): make room, or set SPRY_CACHE to a folder on another."
             ) from error

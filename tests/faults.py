@@ -148,12 +148,8 @@ def server_app(ground: Ground) -> Row:
 def slow(ground: Ground) -> Row:
     node = ground.nodes["first"]
     run = ground.submit(**{"server.round-timeout-s": DEADLINE_S, "num-server-rounds": ROUNDS + 2})
-    run.until_round(1)
-    run.until_training(node)
-    stopped = node.worker.process()
-    kill(stopped, signal.SIGSTOP)
-    run.until_round(2)
-    kill(stopped, signal.SIGCONT)
+    with _standing_still(run, node):
+        run.until_round(2)
     run.completed()
     promise(run.took_s(2) < DEADLINE_S + SLACK_S, f"round 2 ends at its deadline; it took {run.took_s(2):.0f} s")
     promise("no answer within server.round-timeout-s" in run.round(2)["reasons"][0], "who was too slow")
@@ -166,12 +162,8 @@ def late_reply(ground: Ground) -> Row:
     node = ground.nodes["first"]
     keys = {"method": "spry", "server.late-replies": "discount", "num-server-rounds": ROUNDS + 2}
     run = ground.submit(**keys, **{"server.round-timeout-s": DEADLINE_S})
-    run.until_round(1)
-    run.until_training(node)
-    stopped = node.worker.process()
-    kill(stopped, signal.SIGSTOP)
-    run.until_round(2)
-    kill(stopped, signal.SIGCONT)
+    with _standing_still(run, node):
+        run.until_round(2)
     run.completed()
     used = [(line["round"], said) for line in run.rounds for said in line["late"]]
     promise(len(used) == 1 and "its reply to round 2" in used[0][1], f"its reply is used, and once; {used}")
@@ -184,12 +176,8 @@ def partial(ground: Ground) -> Row:
     """The worker stands still until its deadline is over, in the middle of a task."""
     node = ground.nodes["first"]
     run = ground.submit(**{"client.deadline-s": STEPS_S, "client.local-steps": 128})
-    run.until_round(1)
-    run.until_training(node)
-    stopped, over = node.worker.process(), time.monotonic() + STEPS_S
-    kill(stopped, signal.SIGSTOP)
-    run.until(lambda: time.monotonic() > over, "the deadline")
-    kill(stopped, signal.SIGCONT)
+    with _standing_still(run, node):
+        _wait(run, STEPS_S)
     run.completed()
     second = run.round(2)
     done, asked = second["steps"], second["steps-asked"]
@@ -242,6 +230,24 @@ DRILLS = (
 )
 
 
+@contextlib.contextmanager
+def _standing_still(run: Run, node: Node) -> Iterator[None]:
+    """The worker, from the middle of its steps in round 2 on."""
+    run.until_round(1)
+    run.until_training(node)
+    stopped = node.worker.process()
+    kill(stopped, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        kill(stopped, signal.SIGCONT)
+
+
+def _wait(run: Run, seconds: float) -> None:
+    over = time.monotonic() + seconds
+    run.until(lambda: time.monotonic() > over, f"{seconds:g} s")
+
+
 def _resumed(ground: Ground, run: Run) -> Run:
     """The same run, gone on with: nothing of the rounds that had ended is lost."""
     again = ground.submit(**run.keys | {"resume": str(run.folder)})
@@ -283,8 +289,7 @@ def _start_until_it_stays(ground: Ground, node: Node, run: Run) -> int:
         if node.process.poll() is None:
             return tries
         promise(tries < 12, "the node is let in again")
-        ended = time.monotonic()
-        run.until(lambda ended=ended: time.monotonic() > ended + 15.0, "15 s")
+        _wait(run, 15.0)
     raise AssertionError
 
 

@@ -6,16 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from federation import LocalGrid, make_rows, same, tiny_run
+from federation import Federation, LocalGrid, make_rows, same, tiny_run
 from flwr.app import Message
 
 from spry_app.autodiff.gradients import GRADIENTS
 from spry_app.config import RunConfig
 from spry_app.errors import SpryError
-from spry_app.methods import METHODS, get_method
+from spry_app.methods import METHODS, Share, get_method
 from spry_app.planner.choice import _rows, advise_all
 from spry_app.protocol import from_arrays
 from spry_app.server.choice import NAME, Choice, OneGradient
+from spry_app.server.crew import crew
 from spry_app.server.run import Federated, federate
 
 ALL = tuple(GRADIENTS)
@@ -148,3 +149,15 @@ def test_without_the_planner_nothing_is_chosen(run_config: dict, tmp_path: Path)
     grid = LocalGrid(3, run_config)
     with pytest.raises(SpryError, match="name a gradient"):
         federate(grid, RunConfig.from_flower(run_config), tmp_path)  # type: ignore[arg-type]
+
+
+def test_who_is_to_do_less_does_less_of_the_chosen_gradient(run_config: dict, tmp_path: Path) -> None:
+    federation = Federation(tmp_path, run_config | {"gradient": "forward-mode"})
+    strategy = federation.strategy
+    nodes = strategy.fleet.available(LocalGrid(3, run_config | {"gradient": "forward-mode"}))  # type: ignore[arg-type]
+    strategy.fleet.choose = lambda memory, kinds: "central-difference"
+    less = Share(strategy.units, directions=1, steps=1)
+    found = crew(federation.config, strategy.method, strategy.state, strategy.fleet, nodes, lambda *_: [less] * 3, 1)
+    assert [(share.gradient, share.directions, share.steps) for share in found.shares] == [
+        ("central-difference", 1, 1)
+    ] * 3

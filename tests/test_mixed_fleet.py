@@ -1,7 +1,6 @@
 """Rounds in which clients take gradients of unequal kinds: what they are asked, what it costs, what becomes of it."""
 
 import dataclasses
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from federation import Federation, LocalGrid, make_rows, same, tiny_run
 from flwr.app import Message
 from safetensors.torch import load_file
+from whole_runs import CLIENTS, end_early, start
 
 from spry_app.autodiff.gradients import GRADIENTS
 from spry_app.client.answer import check_task
@@ -19,9 +19,6 @@ from spry_app.config import RunConfig
 from spry_app.errors import SpryError
 from spry_app.protocol import Introduction, MalformedReply, Task, TrainReply, from_arrays, introduction_request
 from spry_app.server.checkpoint import NAME
-from spry_app.server.run import Federated, federate
-
-CLIENTS = 3
 
 
 @pytest.fixture(scope="module")
@@ -118,28 +115,12 @@ def test_a_mean_by_precision_is_closer_to_the_exact_client(run_config: dict, tmp
     assert noise is not None and noise["units"].keys() == units.keys()
 
 
-class Ending(LocalGrid):
-    """The server dies when it has heard from the clients of round 3."""
-
-    def send_and_receive(self, messages: Iterable[Message], timeout: float | None = None) -> Iterable[Message]:
-        messages = list(messages)
-        replies = super().send_and_receive(messages, timeout)
-        if messages and messages[0].metadata.group_id == "3":
-            raise KeyboardInterrupt
-        return replies
-
-
-def start(run_config: dict[str, Any], folder: Path, grid: type[LocalGrid] = LocalGrid) -> Federated:
-    return federate(grid(5, run_config), RunConfig.from_flower(run_config), folder)  # type: ignore
-
-
 def test_a_resumed_run_of_a_mixed_fleet_is_the_uninterrupted_one_to_the_bit(run_config: dict, tmp_path: Path) -> None:
     """Two clients of each kind but one, so that a round tells the next what single examples' gradients are like."""
     run_config = run_config | {"num-server-rounds": 4, "noise.scale-step": True}
-    whole = start(run_config, tmp_path / "whole")
-    with pytest.raises(KeyboardInterrupt):
-        start(run_config, tmp_path / "parts", Ending)
-    parts = start(run_config | {"resume": str(tmp_path / "parts")}, tmp_path / "parts")
+    whole = start(run_config, tmp_path / "whole", LocalGrid(5, run_config))
+    end_early(run_config, tmp_path / "parts", 3, clients=5)
+    parts = start(run_config, tmp_path / "parts", LocalGrid(5, run_config), resume=str(tmp_path / "parts"))
     assert same(from_arrays(whole.arrays), from_arrays(parts.arrays))
     kept = [load_file(tmp_path / run / NAME)["weighting:spread"] for run in ("whole", "parts")]
     assert torch.equal(*kept) and bool(kept[0].all())

@@ -3,7 +3,6 @@ nobody trains the block which takes the mean.
 """
 
 import json
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from federation import same
 from peft import PeftModel
+from processes import at_once
 from test_pooling import by_hand
 from tiny_checkpoints import MAPS, inputs_of, load_tiny, shaken, write_checkpoint
 from tiny_models import slopes_by_backprop, some_directions
@@ -30,7 +30,6 @@ from spry_app.models.skeleton import skeleton
 from spry_app.stored import cache_folder
 from spry_app.tasks import TASKS
 
-ROOT = Path(__file__).parent.parent
 MEAN = {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": False}
 BLOCK = ".layer.2."
 """The block that takes the mean in a tiny model of two."""
@@ -146,14 +145,7 @@ print(len(adapted.blocks), adapted.model.peft_config["default"].base_model_name_
 def test_processes_that_start_at_once_make_one_copy(tmp_path: Path, cache: Path) -> None:
     source = says(write_checkpoint(tmp_path / "source"), **MEAN)
     command = [sys.executable, "-c", _LOAD, source]
-    processes = [
-        subprocess.Popen(command, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(3)
-    ]
-    for process in processes:
-        assert process.stdin
-        process.stdin.write("\n")
-        process.stdin.flush()
-    said = {process.communicate(timeout=900)[0] for process in processes}
+    said = set(at_once(command))
     (copy,) = (cache.parent / "models").glob("source-mean-*[!k]")
     assert said == {f"3 {copy}\n"}
 

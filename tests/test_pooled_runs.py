@@ -9,22 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-from federation import LocalGrid, make_rows, same, tiny_run
+from federation import LocalGrid, make_rows, tiny_run
 from flwr.app import Context, RecordDict
 from peft import PeftModel
 from test_pooled import MEAN, says
-from test_subspace_runs import Ending, _start
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner
+from whole_runs import rebuilt_where_resumed
 
 from spry_app.cli import app
 from spry_app.config import RunConfig
 from spry_app.errors import SpryError
-from spry_app.models import load_model, save_adapter, start_from
+from spry_app.models import load_model, start_from
 from spry_app.models.pooled import is_copy
-from spry_app.protocol import from_arrays
 from spry_app.server.export import export
-from spry_app.server.rebuild import rebuild
 from spry_app.server.run import run
 
 TEXTS = ["the film was bad", "a plot was very very great"]
@@ -57,17 +55,7 @@ def _exported(source: Path, output: Path, model: str = "") -> torch.Tensor:
 
 
 def test_a_run_is_resumed_and_rebuilt_to_the_byte(run_config: dict, tmp_path: Path) -> None:
-    run_config |= {"num-server-rounds": 3}
-    whole = _start(run_config, tmp_path / "whole")
-    assert whole.adapted.sees_mean
-    with pytest.raises(KeyboardInterrupt):
-        _start(run_config, tmp_path / "parts", Ending)
-    parts = _start(run_config | {"resume": str(tmp_path / "parts")}, tmp_path / "parts")
-    assert same(from_arrays(whole.arrays), from_arrays(parts.arrays))
-    save_adapter(parts.adapted, from_arrays(parts.arrays), tmp_path / "saved")
-    assert rebuild(tmp_path / "parts" / "slopes.jsonl", tmp_path / "rebuilt") == 3
-    one, other = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("saved", "rebuilt"))
-    assert one == other
+    assert rebuilt_where_resumed(run_config | {"num-server-rounds": 3}, tmp_path, 2).adapted.sees_mean
 
 
 def test_its_adapter_is_of_use_here_and_elsewhere(

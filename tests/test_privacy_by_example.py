@@ -13,8 +13,7 @@ from federation import Federation, same, tiny_run
 from hypothesis import given
 from hypothesis import strategies as st
 from test_privacy_in_rounds import assert_normal, flat
-from test_privacy_runs import start
-from test_resume import Ending
+from whole_runs import end_early, start
 
 from spry_app.autodiff.budget import Slices
 from spry_app.autodiff.costs import Cost
@@ -237,8 +236,7 @@ def test_a_run_that_goes_on_counts_on_and_ends_before_it_would_cost_too_much(run
     costs = [epsilon([Release(1, 1)] * count, 5.0, 1e-5) for count in range(0, 12, 2)]
     keys = {"method": "fedavg", "client.local-steps": 0, "client.local-epochs": 2, "privacy.noise-multiplier": 10.0}
     keys |= {"num-server-rounds": 9, "privacy.max-epsilon": (costs[4] + costs[5]) / 2, "data.test": ""}
-    with pytest.raises(KeyboardInterrupt):
-        start(run_config | keys, tmp_path, Ending(2, CLIENTS, run_config | keys))
+    end_early(run_config | keys, tmp_path, 2)
     done = start(run_config | keys, tmp_path, resume=str(tmp_path))
     assert [line.epsilon for line in done.recorder.rounds] == [None, costs[1], costs[3], costs[4]]
     assert done.recorder.stopped.endswith("does not allow another round after 3")

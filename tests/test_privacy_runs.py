@@ -8,16 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from federation import Federation, LocalGrid, make_rows, same, tiny_run
-from test_resume import Ending
+from federation import Federation, make_rows, same, tiny_run
+from whole_runs import CLIENTS, end_early, start
 
-from spry_app.config import RunConfig
 from spry_app.errors import SpryError
 from spry_app.protocol import from_arrays
 from spry_app.server.accountant import Release, epsilon
-from spry_app.server.run import Federated, federate
 
-CLIENTS = 3
 pytestmark = pytest.mark.usefixtures("own_home")
 
 
@@ -25,11 +22,6 @@ pytestmark = pytest.mark.usefixtures("own_home")
 def run_config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("tiny")
     return tiny_run(folder) | {"data.test": str(make_rows(folder / "test.jsonl", 16, offset=500))}
-
-
-def start(run_config: dict[str, Any], folder: Path, grid: LocalGrid | None = None, **keys: Any) -> Federated:
-    run_config = run_config | keys
-    return federate(grid or LocalGrid(CLIENTS, run_config), RunConfig.from_flower(run_config), folder)  # type: ignore
 
 
 @pytest.mark.parametrize(("mode", "method"), [("central", "spry"), ("central", "decomfl"), ("local", "baffle")])
@@ -48,8 +40,7 @@ def test_a_resumed_run_has_the_same_bits_and_says_what_it_has_cost(
     if mode == "central":
         shutil.copy(tmp_path / "whole" / "noise.key", folder)
         assert (folder / "noise.key").stat().st_mode & 0o777 == 0o600
-    with pytest.raises(KeyboardInterrupt):
-        start(run_config, folder, Ending(2, CLIENTS, run_config))
+    end_early(run_config, folder, 2)
     parts = start(run_config, folder, resume=str(folder))
     assert same(from_arrays(whole.arrays), from_arrays(parts.arrays))
     release = Release(CLIENTS, 2) if mode == "central" else Release(2, 2)

@@ -12,7 +12,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 
 from benchmarks.local_grid import LocalGrid
 from spry_app.errors import SpryError
-from spry_app.protocol import Score, TrainReply, to_arrays
+from spry_app.protocol import MOST_EXAMPLES, Score, TrainReply, to_arrays
 from spry_app.server.checks import Asked, problem
 
 CLIENTS = 3
@@ -151,6 +151,18 @@ def test_numbers_that_overflow_or_outweigh_the_others_are_refused(change: dict, 
     found = problem(dataclasses.replace(SOUND, **change), ASKED)
     assert reason in found if reason else not found
     assert len(found) < 300
+
+
+@pytest.mark.parametrize("partial", [False, True])
+@pytest.mark.parametrize(("steps", "asked"), [(0, 0), (-1, -1), (1, 0), (2, 3), (1, MOST_EXAMPLES + 1)])
+def test_in_whole_epochs_the_steps_are_at_least_a_number(steps: int, asked: int, partial: bool) -> None:
+    """Nobody but the node knows how many there are, and shares of examples are counted by them."""
+    epochs = dataclasses.replace(ASKED, steps=0, slopes=0, examples=MOST_EXAMPLES, partial=partial)
+    reply = dataclasses.replace(SOUND, slopes=(), steps=steps, steps_asked=asked)
+    if partial and (steps, asked) == (2, 3):
+        assert not problem(reply, epochs)
+    else:
+        assert f"it did {steps} of {asked} local steps" in problem(reply, epochs)
 
 
 def test_what_a_node_says_cannot_forge_a_line_of_the_log_or_fill_it(run_config: dict, tmp_path: Path) -> None:

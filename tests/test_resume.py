@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,15 @@ from federation import LocalGrid, make_rows, same, tiny_run
 from flwr.app import Message
 from safetensors import safe_open
 from safetensors.torch import save_file
+from whole_runs import CLIENTS, end_early, start
 
-from spry_app.config import RunConfig
 from spry_app.errors import SpryError
 from spry_app.methods import METHODS
 from spry_app.protocol import from_arrays
 from spry_app.server.checkpoint import NAME
 from spry_app.server.rebuild import rebuild
-from spry_app.server.run import Federated, federate
 
-CLIENTS, ROUNDS = 3, 4
+ROUNDS = 4
 OTHER_IDS = (5009, 5006, 5003)
 
 
@@ -34,31 +32,6 @@ def run_config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return tiny_run(folder) | keys | {"data.test": str(make_rows(folder / "test.jsonl", 16, offset=500))}
 
 
-class Ending(LocalGrid):
-    """The server dies when it has heard from the clients of round `last` and not yet averaged."""
-
-    def __init__(self, last: int, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.last = last
-
-    def send_and_receive(self, messages: Iterable[Message], timeout: float | None = None) -> Iterable[Message]:
-        messages = list(messages)
-        replies = super().send_and_receive(messages, timeout)
-        if messages and messages[0].metadata.group_id == str(self.last):
-            raise KeyboardInterrupt
-        return replies
-
-
-def start(run_config: dict[str, Any], folder: Path, grid: LocalGrid | None = None, **keys: Any) -> Federated:
-    run_config = run_config | keys
-    return federate(grid or LocalGrid(CLIENTS, run_config), RunConfig.from_flower(run_config), folder)  # type: ignore
-
-
-def end_early(run_config: dict[str, Any], folder: Path, last: int) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        start(run_config, folder, Ending(last, CLIENTS, run_config))
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(method: str, run_config: dict, tmp_path: Path) -> None:
     """Killed in round 3 and again in round 4; other processes, so clients have forgotten, and other node ids."""
@@ -67,8 +40,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(method: str, run_conf
     folder = tmp_path / "parts"
     end_early(run_config, folder, 3)
     again = run_config | {"resume": str(folder)}
-    with pytest.raises(KeyboardInterrupt):
-        start(again, folder, Ending(4, CLIENTS, again, node_ids=OTHER_IDS))
+    end_early(again, folder, 4, node_ids=OTHER_IDS)
     parts = start(again, folder)
     assert same(from_arrays(whole.arrays), from_arrays(parts.arrays))
     for line, other in zip(whole.recorder.rounds, parts.recorder.rounds, strict=True):
@@ -105,8 +77,7 @@ def test_a_round_that_changed_nothing_counts_as_one(run_config: dict, tmp_path: 
     run_config = run_config | {"method": "spry-per-iteration"}
     whole = start(run_config, tmp_path / "whole", LocalGrid(CLIENTS, run_config, tamper=lose))
     folder = tmp_path / "parts"
-    with pytest.raises(KeyboardInterrupt):
-        start(run_config, folder, Ending(3, CLIENTS, run_config, tamper=lose))
+    end_early(run_config, folder, 3, tamper=lose)
     parts = start(run_config, folder, resume=str(folder))
     assert same(from_arrays(whole.arrays), from_arrays(parts.arrays))
     assert [line.answered for line in parts.recorder.rounds] == [0, 2, 0, 2, 2]

@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import torch
 from federation import same, tiny_run
-from test_resume import end_early, start
+from whole_runs import end_early, start
 
 from spry_app.config import RunConfig
 from spry_app.errors import SpryError
 from spry_app.methods import get_method
 from spry_app.methods.global_state import GlobalState
-from spry_app.methods.schedule import client_pace, server_pace
+from spry_app.methods.schedule import client_scale, server_scale
 from spry_app.models import load_model
 from spry_app.optimizers import CLIENT_OPTIMIZERS, SERVER_OPTIMIZERS, NamedOptimizer, Rule
 from spry_app.protocol import from_arrays
@@ -30,13 +30,13 @@ def run_config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.parametrize("schedule", BY_HAND)
 @pytest.mark.parametrize(("method", "server_steps"), [("spry", True), ("fedavg", False), ("fedyogi", True)])
-def test_one_side_has_the_pace(schedule: str, method: str, server_steps: bool) -> None:
+def test_one_side_has_the_scale(schedule: str, method: str, server_steps: bool) -> None:
     config = RunConfig.from_flower({"schedule": schedule, "num-server-rounds": 4, "method": method})
     found = [
-        (server_pace(config, get_method(config), round_), client_pace(config, get_method(config), round_))
+        (server_scale(config, get_method(config), round_), client_scale(config, get_method(config), round_))
         for round_ in (1, 2, 3, 4)
     ]
-    assert found == [(pace, 1.0) if server_steps else (1.0, pace) for pace in BY_HAND[schedule]]
+    assert found == [(scale, 1.0) if server_steps else (1.0, scale) for scale in BY_HAND[schedule]]
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_one_side_has_the_pace(schedule: str, method: str, server_steps: bool) -
     [(t, n) for t in (CLIENT_OPTIMIZERS, SERVER_OPTIMIZERS) for n in t if n != "average"],
     ids=lambda value: str(value)[:12],
 )
-def test_half_the_pace_is_half_the_step_with_the_same_moments(table: dict, name: str) -> None:
+def test_half_the_scale_is_half_the_step_with_the_same_moments(table: dict, name: str) -> None:
     whole, half = (
         NamedOptimizer({"a": torch.zeros(3), "b": torch.zeros(2)}, table, Rule(name, 0.1), {"b": 0.01})
         for _ in range(2)
@@ -55,7 +55,7 @@ def test_half_the_pace_is_half_the_step_with_the_same_moments(table: dict, name:
     ):
         before = whole.tensors["a"].clone(), half.tensors["a"].clone()
         whole.step(gradient)
-        half.step(gradient, pace=0.5)
+        half.step(gradient, scale=0.5)
         torch.testing.assert_close(half.tensors["a"] - before[1], (whole.tensors["a"] - before[0]) / 2)
     assert same(whole.moments, half.moments)
     torch.testing.assert_close(half.tensors["b"], whole.tensors["b"] / 2)
@@ -74,8 +74,12 @@ def test_each_round_of_a_run_takes_its_part(run_config: dict, tmp_path: Path) ->
     first = RunConfig.from_flower(run_config)
     tensors = load_model(first.model, first.adapter, 2, first.seed, task=get_task(first.data)).tensors()
     moments: dict[str, torch.Tensor] = {}
-    for pace, (entry, digest) in zip(BY_HAND["linear"], entries, strict=True):
-        rates = {"server.learning-rate": pace * 0.05, "server.head-learning-rate": pace * 0.03, "schedule": "constant"}
+    for scale, (entry, digest) in zip(BY_HAND["linear"], entries, strict=True):
+        rates = {
+            "server.learning-rate": scale * 0.05,
+            "server.head-learning-rate": scale * 0.03,
+            "schedule": "constant",
+        }
         state = GlobalState(tensors, done.adapted.units, done.method, RunConfig.from_flower(run_config | rates))
         state.load(entry.round - 1, tensors, moments)
         state.follow(entry)
@@ -84,7 +88,7 @@ def test_each_round_of_a_run_takes_its_part(run_config: dict, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("method", ["spry-per-iteration", "decomfl", "fedavg"])
-def test_a_resumed_run_keeps_the_pace(method: str, run_config: dict, tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_the_scale(method: str, run_config: dict, tmp_path: Path) -> None:
     run_config = run_config | {"method": method, "server.fraction-train": 0.6}
     whole, steady = start(run_config, tmp_path / "whole"), start(run_config | {"schedule": "constant"}, tmp_path / "s")
     end_early(run_config, tmp_path / "parts", 3)

@@ -12,12 +12,11 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from processes import ROOT, at_once
 from safetensors import SafetensorError
 
 from spry_app import stored as store
 from spry_app.errors import SpryError
-
-ROOT = Path(__file__).parent.parent
 
 
 def table_of(rows: int) -> store.Make:
@@ -82,14 +81,7 @@ print(found.again, found.table["x"].to_pylist() == list(range(50)))
 
 def test_of_processes_that_want_the_same_entry_one_makes_it(cache: Path) -> None:
     command = [sys.executable, "-c", _SLOWLY, "x-1", "10"]
-    processes = [
-        subprocess.Popen(command, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(3)
-    ]
-    for process in processes:
-        assert process.stdin
-        process.stdin.write("\n")
-        process.stdin.flush()
-    found = [process.communicate(timeout=300)[0].split() for process in processes]
+    found = [said.split() for said in at_once(command)]
     assert sorted(found) == [["False", "True"], ["True", "True"], ["True", "True"]]
 
 

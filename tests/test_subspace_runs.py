@@ -5,18 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from federation import Federation, LocalGrid, make_rows, same, tiny_run
+from federation import Federation, LocalGrid, make_rows, tiny_run
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import MAPS
+from whole_runs import rebuilt_where_resumed, start
 
-from spry_app.config import RunConfig
 from spry_app.errors import SpryError
 from spry_app.methods import METHODS
-from spry_app.models import save_adapter
 from spry_app.protocol import from_arrays, to_arrays
 from spry_app.server.frame_file import NAME as FRAME
 from spry_app.server.rebuild import rebuild
-from spry_app.server.run import Federated, federate
 
 
 @pytest.fixture(scope="module")
@@ -66,46 +64,23 @@ def test_a_federation_learns_by_more_than_its_head(run_config: dict, tmp_path: P
     assert max(results.values()) < 0.9 * head_alone
 
 
-class Ending(LocalGrid):
-    """The server dies when it has heard from the clients of round 2."""
-
-    def send_and_receive(self, messages: Any, timeout: float | None = None) -> Any:
-        messages = list(messages)
-        replies = super().send_and_receive(messages, timeout)
-        if messages and messages[0].metadata.group_id == "2":
-            raise KeyboardInterrupt
-        return replies
-
-
-def _start(run_config: dict, folder: Path, grid: type[LocalGrid] = LocalGrid) -> Federated:
-    return federate(grid(2, run_config), RunConfig.from_flower(run_config), folder)  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("kind", ["singular", "random"])
 def test_a_run_is_resumed_and_rebuilt_to_the_byte(kind: str, run_config: dict, tmp_path: Path) -> None:
     run_config = run_config | _adapter(kind) | {"method": "spry-per-iteration", "num-server-rounds": 3}
-    whole = _start(run_config, tmp_path / "whole")
-    with pytest.raises(KeyboardInterrupt):
-        _start(run_config, tmp_path / "parts", Ending)
-    parts = _start(run_config | {"resume": str(tmp_path / "parts")}, tmp_path / "parts")
-    assert same(from_arrays(whole.arrays), from_arrays(parts.arrays))
-    save_adapter(parts.adapted, from_arrays(parts.arrays), tmp_path / "saved")
-    assert rebuild(tmp_path / "parts" / "slopes.jsonl", tmp_path / "rebuilt") == 3
-    one, other = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("saved", "rebuilt"))
-    assert one == other
+    rebuilt_where_resumed(run_config, tmp_path, 2)
     assert (tmp_path / "parts" / FRAME).exists() == (kind == "singular")
 
 
 @pytest.mark.parametrize("spoil", [lambda path: path.unlink(), lambda path: path.write_bytes(b"x" * 40)])
 def test_a_run_without_its_frame_cannot_be_rebuilt(spoil: Any, run_config: dict, tmp_path: Path) -> None:
-    _start(run_config | _adapter("singular") | {"method": "spry-per-iteration", "num-server-rounds": 1}, tmp_path)
+    start(run_config | _adapter("singular") | {"method": "spry-per-iteration", "num-server-rounds": 1}, tmp_path)
     spoil(tmp_path / FRAME)
     with pytest.raises(SpryError, match=r"frame\.safetensors cannot be read .*keeps its fixed factors there"):
         rebuild(tmp_path / "slopes.jsonl", tmp_path / "adapter")
 
 
 def test_another_frame_in_the_folder_is_told_from_another_model(run_config: dict, tmp_path: Path) -> None:
-    _start(run_config | _adapter("singular") | {"method": "spry-per-iteration", "num-server-rounds": 1}, tmp_path)
+    start(run_config | _adapter("singular") | {"method": "spry-per-iteration", "num-server-rounds": 1}, tmp_path)
     tensors = load_file(tmp_path / FRAME)
     save_file({name: value * 1.001 for name, value in tensors.items()}, tmp_path / FRAME)
     with pytest.raises(SpryError, match="The fixed part of the adapter here is not that of the run"):

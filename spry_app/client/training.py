@@ -21,7 +21,7 @@ from spry_app.config import RunConfig
 from spry_app.data import batches
 from spry_app.methods import Method
 from spry_app.methods.replay import exact_names, local_optimizer, steps_in_full
-from spry_app.methods.schedule import client_pace
+from spry_app.methods.schedule import client_scale
 from spry_app.prefix import PrefixCache, may_start_at
 from spry_app.protocol import Score, Task, TrainReply
 
@@ -34,7 +34,7 @@ def train(
     node.adapted.load_tensors(task.tensors)
     own = {name: task.tensors[name] for unit in task.units for name in node.adapted.units[unit]}
     exact = exact_names(node.adapted.units, method, config.head_gradient) & own.keys()
-    optimizer = local_optimizer(own, node.adapted.units, config.client, client_pace(config, method, task.round))
+    optimizer = local_optimizer(own, node.adapted.units, config.client, client_scale(config, method, task.round))
     local, peak = LocalTraining(optimizer, method), 0.0
     first = Seed(config.seed, task.round, task.number, step=0, sharing=task.sharing)
     with prefix_of(node, own, config) as prefix:

@@ -13,7 +13,7 @@ from spry_app.errors import SpryError
 from spry_app.methods.method import Method
 from spry_app.methods.noise import Hand, expected_cosines
 from spry_app.methods.replay import HEAD, exact_names, local_optimizer, replay
-from spry_app.methods.schedule import client_pace, server_pace
+from spry_app.methods.schedule import client_scale, server_scale
 from spry_app.optimizers import SERVER_OPTIMIZERS, NamedOptimizer, Rule
 from spry_app.slope_log import Entry, Measured
 
@@ -48,7 +48,7 @@ class GlobalState:
         """
         cosines = expected_cosines(hands, self._method.directions) if self._config.noise.scale_step else {}
         parts = {name: part for unit, part in cosines.items() for name in self._units[unit] if name not in self.exact}
-        self.optimizer.step(pseudo_gradient, parts, server_pace(self._config, self._method, round_))
+        self.optimizer.step(pseudo_gradient, parts, server_scale(self._config, self._method, round_))
         self.round = round_
 
     def perturbed(self, units: Iterable[str], gradient: str = "") -> dict[str, int]:
@@ -115,8 +115,8 @@ class GlobalState:
         names = (name for number in measured.units for name in self._units[self._numbers[number]])
         before = {name: now[name] for name in names if name not in self.exact}
         seed = Seed(self._config.seed, round_, measured.client, step=0, sharing=measured.sharing)
-        pace = client_pace(self._config, self._method, round_)
-        optimizer = local_optimizer(before, self._units, self._config.client, pace)
+        scale = client_scale(self._config, self._method, round_)
+        optimizer = local_optimizer(before, self._units, self._config.client, scale)
         return before, replay(optimizer, measured.slopes, seed, self._method.gradient)
 
     def load(self, round_: int, tensors: Tensors, moments: Tensors) -> None:

@@ -17,14 +17,14 @@ HEAD = "head"
 
 
 def local_optimizer(
-    start: Tensors, units: Mapping[str, Sequence[str]], config: ClientConfig, pace: float = 1.0
+    start: Tensors, units: Mapping[str, Sequence[str]], config: ClientConfig, scale: float = 1.0
 ) -> NamedOptimizer:
     """A client's optimizer at the start of its task, over copies of `start`: the head has a step size of its own.
 
-    pace: part of the step sizes that is taken (schedule.py).
+    scale: part of the step sizes that is taken (schedule.py).
     """
-    rule = Rule(config.optimizer, pace * config.learning_rate, weight_decay=config.weight_decay)
-    head_rate = pace * (config.head_learning_rate or config.learning_rate)
+    rule = Rule(config.optimizer, scale * config.learning_rate, weight_decay=config.weight_decay)
+    head_rate = scale * (config.head_learning_rate or config.learning_rate)
     rates = {name: head_rate for name in units.get(HEAD, ()) if name in start}
     return NamedOptimizer(start, CLIENT_OPTIMIZERS, rule, rates)
 

@@ -14,15 +14,15 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 """Part of the rounds that are over -> part of the step size that is left."""
 
 
-def server_pace(config: RunConfig, method: Method, round_: int) -> float:
+def server_scale(config: RunConfig, method: Method, round_: int) -> float:
     """Of the server's step sizes in a round (from 1)."""
-    return 1.0 if method.server_optimizer == "average" else _pace(config, round_)
+    return 1.0 if method.server_optimizer == "average" else _scale(config, round_)
 
 
-def client_pace(config: RunConfig, method: Method, round_: int) -> float:
+def client_scale(config: RunConfig, method: Method, round_: int) -> float:
     """Of the clients' step sizes, where the server takes the mean of what comes of them as it is."""
-    return _pace(config, round_) if method.server_optimizer == "average" else 1.0
+    return _scale(config, round_) if method.server_optimizer == "average" else 1.0
 
 
-def _pace(config: RunConfig, round_: int) -> float:
+def _scale(config: RunConfig, round_: int) -> float:
     return SCHEDULES[config.schedule]((round_ - 1) / config.num_server_rounds)

@@ -10,7 +10,7 @@ import torch
 from spry_app.autodiff.budget import SMALLEST, DoesNotFit, Slices, fit, halved
 from spry_app.autodiff.memory import MIB
 from spry_app.autodiff.slopes import forward_mode
-from spry_app.client.slicing import AUTO_PART
+from spry_app.client.slicing import AUTO_PART, rows_as_set
 from spry_app.config import RunConfig, Scalar
 from spry_app.errors import SpryError
 from spry_app.methods.replay import local_steps
@@ -154,9 +154,9 @@ def _slice_keys(way: Way, slices: Slices) -> dict[str, Scalar]:
 
 
 def _as_set(way: Way) -> Slices:
-    client, most = way.config.client, way.config.most_rows_at_once
+    client = way.config.client
     shared = min(client.directions_at_once, client.directions) if _shares(way) else 1
-    return Slices(min(client.micro_batch or most, most), shared)
+    return Slices(rows_as_set(way.config), shared)
 
 
 def _shares(way: Way) -> bool:

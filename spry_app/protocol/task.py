@@ -34,13 +34,13 @@ class Task:
     """What the server asks of one node: to train `units`, or (message type EVALUATE) to score `tensors`.
 
     round: from 1. client: position among this round's clients, which decides the order of its rows. number, sharing,
-    directions: which directions it takes, and how many a batch (methods.replay.Seat). steps: at most so many
-    local ones; 0 for all that there are. gradient: name of the one that it
-    takes, where that is not the method's (Method.taking). tensors: every trainable tensor (fp32), or with `catch_up`
-    those alone that no scalar stands for. fingerprint: of the base model the server has.
-    evaluate: also score the held-out rows after training. measure: also measure the peak memory of the first step.
-    update: how the last round changed the tensors of `units`, where the method chooses directions by it; else empty.
-    deadline_s: seconds after which no local step is to end, from when the node has read the task; 0.0 for none.
+    directions: which directions it takes, and how many a batch (methods.replay.Seat). steps: at most so many local
+    ones; 0 for all that there are. gradient: name of the one that it takes, where that is not the method's
+    (Method.taking). tensors: every trainable tensor (fp32), or with `catch_up` those alone that no scalar stands for.
+    fingerprint: of the base model the server has. evaluate: also score the held-out rows after training. measure: also
+    measure the peak memory of the first step. update: how the last round changed the tensors of `units`, where the
+    method chooses directions by it; else empty. deadline_s: seconds after which no local step is to end, from when the
+    node has read the task; 0.0 for none.
     """
 
     round: int

@@ -87,10 +87,11 @@ def most_examples(steps: int, config: ClientConfig) -> int:
 def _step_problem(reply: TrainReply, asked: Asked) -> str:
     whole = asked.steps or reply.steps_asked
     most = min(whole, asked.most_steps or whole)
-    if not (reply.steps_asked == whole <= MOST_EXAMPLES and (1 if asked.partial else most) <= reply.steps <= most):
-        least = f"{'1' if asked.partial else asked.most_steps or 'all'} of {asked.steps or 'them'}"
+    least = 1 if asked.partial else most
+    if reply.steps_asked != whole or not 1 <= whole <= MOST_EXAMPLES or not least <= reply.steps <= most:
+        told = f"{'1' if asked.partial else asked.most_steps or 'all'} of {asked.steps or 'them'}"
         more = f", at most {asked.most_steps}" if asked.most_steps else ""
-        return f"it did {reply.steps} of {reply.steps_asked} local steps; asked for were at least {least}{more}"
+        return f"it did {reply.steps} of {reply.steps_asked} local steps; asked for were at least {told}{more}"
     return ""
 
 

@@ -42,13 +42,12 @@ def crew(
     least = config.server.min_train_nodes
     while True:
         clients = fleet.sample(nodes, config.server.fraction_train, least, (config.seed, round_), order)
-        paces = (
-            [] if config.privacy.mode else fleet.paces(clients)
-        )  # what tasks depend on, a promise would have to count
+        # A promise of privacy would have to count what tasks depend on.
+        paces = [] if config.privacy.mode else fleet.paces(clients)
         hands = assign(fleet.memory_mib(clients), round_, fleet.gradients(clients), paces)
         shares = [Share.of(hand) for hand in hands]
         if kind := fleet.gradient(nodes):
-            shares = [Share(share, kind, share.directions) for share in shares]
+            shares = [Share(share, kind, share.directions, share.steps) for share in shares]
         _check(config, shares)
         directions, enough = _directions(config, method, state, shares)
         if enough or len(clients) == len(nodes):

@@ -1,9 +1,7 @@
 """A run from its config to its result: load, federate, evaluate, save. The rounds themselves are the Strategy's."""
 
-import errno
 import functools
 import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +18,7 @@ from safetensors import SafetensorError
 from spry_app.autodiff.memory import MIB
 from spry_app.config import RunConfig
 from spry_app.data import label_counts, label_names, load_corpus
-from spry_app.errors import SpryError
+from spry_app.errors import SpryError, is_disk_full
 from spry_app.methods import AUTO, BY_MEMORY, Layout, Method, get_method
 from spry_app.models import AdaptedModel, load_model, start_from
 from spry_app.models.pooled import is_copy
@@ -75,16 +73,12 @@ def run(grid: Grid, context: Context, advise: Advise | None = None) -> None:
         try:
             _run(grid, config, folder, advise)
         except (OSError, SafetensorError) as error:
-            if not _is_disk_full(error):
+            if not is_disk_full(error):
                 raise
             raise SpryError(
                 f"The disk of {folder} is full ({error}). What its last checkpoint holds is kept: make room, and start "
                 f"a run with resume={str(folder)!r} and the same settings."
             ) from error
-
-
-def _is_disk_full(error: Exception) -> bool:
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error)
 
 
 def _run(grid: Grid, config: RunConfig, folder: Path, advise: Advise | None) -> None:
