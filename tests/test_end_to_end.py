@@ -157,6 +157,7 @@ def test_the_result_names_what_was_left_and_what_it_cost(run: Path) -> None:
     result = json.loads((run / "result.json").read_text())
     assert result["accuracy-before"] == lines(run)[0]["accuracy"]
     assert result["accuracy-after"] == lines(run)[-1]["accuracy"]
+    assert result["gradient"] == "forward-mode"
     assert result["peak-mib"] > 0 < result["peak-mib-backprop"]
     assert all(Path(result[key]).exists() for key in ("adapter", "metrics", "picture"))
     assert Path(result["picture"]).read_bytes().startswith(b"\x89PNG")

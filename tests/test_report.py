@@ -148,6 +148,12 @@ def test_failures_are_counted_by_their_reason_and_what_a_node_says_is_only_shown
     assert page(hostile).loads == page(hostile, tmp_path / "run").loads == []
 
 
+def test_a_run_that_chose_its_gradient_says_why(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    (run / "gradient.json").write_text('{"gradient": "backprop", "reason": "backprop: exact, for 3 MiB."}')
+    assert 'gradient="auto" chose backprop: exact, for 3 MiB.' in page(run).text
+
+
 def test_a_run_that_promises_privacy_names_no_client(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", config={"privacy.mode": "central"}, reasons={1: ["node 7000: gone"]})
     found = page(run)

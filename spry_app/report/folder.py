@@ -18,14 +18,15 @@ class Run:
     """A run's files as values; what a file would have told is empty where there is none.
 
     rounds: lines of metrics.jsonl, the task's metrics among the rest ("f1", "personalised-f1"), and "mib" for both ways
-    together. about: run.json. assignments: lines of assignments.jsonl. result: result.json of a run that has completed
-    the last of `rounds`.
+    together. about: run.json. choice: gradient.json. assignments: lines of assignments.jsonl. result: result.json of a
+    run that has completed the last of `rounds`.
     """
 
     name: str
     rounds: list[Row]
     config: Row = field(default_factory=dict)
     about: Row = field(default_factory=dict)
+    choice: Row = field(default_factory=dict)
     assignments: list[Row] = field(default_factory=list)
     result: Row = field(default_factory=dict)
 
@@ -60,6 +61,7 @@ def read_run(folder: Path) -> Run:
         rounds=rounds,
         config=_object(folder / "config.json"),
         about=_object(folder / "run.json"),
+        choice=_object(folder / "gradient.json"),
         assignments=_lines(folder / "assignments.jsonl"),
         result=result if done else {},
     )

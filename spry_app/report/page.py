@@ -137,6 +137,8 @@ def _costs(run: Run) -> Section | None:
     cosine = Run(run.name, noise).curve("cosine")
     charts.append(line_chart("Expected cosine of a round's step with its gradient", "round", [("all units", cosine)]))
     sentences = [str(run.result["privacy"])] if run.result.get("privacy") else []
+    if why := run.choice.get("reason"):
+        sentences.append(f'gradient="auto" chose {why}')
     return Section("Round by round", [chart for chart in charts if chart], sentences + _slow(run))
 
 

@@ -91,7 +91,7 @@ def _run(grid: Grid, config: RunConfig, folder: Path, advise: Advise | None) -> 
     measured = [line.peak_mib for line in rounds if line.peak_mib]
     if config.client.memory_budget_mib and measured:  # each client has cut its steps as it must
         peaks["run"] = max(measured)
-    _write_result(folder, done.recorder, peaks)
+    _write_result(folder, done.recorder, done.method, peaks)
 
 
 def federate(
@@ -252,9 +252,10 @@ def _score(adapted: AdaptedModel, rows: Encoded, bottom: PrefixCache | None, arr
     return score(adapted, rows, _EVALUATION_BATCH, bottom.entering if bottom else None)
 
 
-def _write_result(folder: Path, recorder: Recorder, peaks: dict[str, float]) -> None:
+def _write_result(folder: Path, recorder: Recorder, method: Method, peaks: dict[str, float]) -> None:
     scored, main = [line for line in recorder.rounds if line.metrics], recorder.task.main_metric
     result: dict[str, Any] = {
+        "gradient": method.gradient.name,
         "main-metric": main,
         f"{main}-before": scored[0].main if scored else None,
         f"{main}-after": scored[-1].main if scored else None,
