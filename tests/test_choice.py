@@ -85,10 +85,18 @@ def test_the_least_memory_decides_between_what_it_holds(run_config: dict) -> Non
         advise_all(settings, [64.0, least], [ALL] * 2)
 
 
-def test_the_budget_of_the_run_is_that_of_nodes_that_state_none(run_config: dict) -> None:
-    roomy = config(run_config, **{"client.memory-budget-mib": 64})
-    assert advise_all(roomy, [0.0, 0.0], [ALL] * 2).gradient == "backprop"
-    assert advise_all(config(run_config, **{"client.memory-budget-mib": "auto"}), [0.0], [ALL]).gradient == "backprop"
+@pytest.mark.parametrize("budget", [64, "auto"])
+def test_the_budget_of_the_run_is_that_of_nodes_that_state_none(budget: Any, run_config: dict, tmp_path: Path) -> None:
+    """Who says so is the node: with "auto" it is half of what it has free itself."""
+    keys = {"client.memory-budget-mib": budget, "num-server-rounds": 1}
+    _, grid = start(run_config | keys, tmp_path, own=({}, {}, {"memory-budget-mib": 0.025}))
+    assert set(grid.told) == {"central-difference"}
+    assert set(start(run_config | keys, tmp_path / "roomy")[1].told) == {"backprop"}
+    said = [node["memory-mib"] for node in json.loads((tmp_path / "run.json").read_text())["nodes"]]
+    assert said[2] == 0.025 and all(mib == 64 if budget == 64 else mib > 64 for mib in said[:2])
+
+
+def test_of_nodes_that_say_nothing_nothing_can_be_chosen(run_config: dict) -> None:
     with pytest.raises(SpryError, match=r"nobody has said how much that is: set client.memory-budget-mib"):
         advise_all(config(run_config), [0.0, 0.0], [ALL] * 2)
 

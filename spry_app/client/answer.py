@@ -14,7 +14,7 @@ from spry_app.client.catch_up import tensors_of
 from spry_app.client.device import device_of
 from spry_app.client.node import Node, load_node
 from spry_app.client.privacy import check_scoring, protected
-from spry_app.client.slicing import give_less, most_at_once, slices_of, slices_to_score
+from spry_app.client.slicing import budget_mib, give_less, most_at_once, slices_of, slices_to_score
 from spry_app.client.training import train as train_node
 from spry_app.client.trust import check_gradient, trusted
 from spry_app.config import RunConfig
@@ -75,7 +75,7 @@ def introduce(node: Node, message: Message, method: Method, config: RunConfig, s
         examples=len(node.train),
         heldout=len(node.heldout),
         digest=digest(node.start),
-        memory_mib=node.memory_mib,
+        memory_mib=budget_mib(node, config) if is_dealt(config, method) else node.memory_mib,
         gradients=trusted(node, method.gradient, most_at_once(node, config), is_dealt(config, method)),
         device=device_of(node, config),
     )

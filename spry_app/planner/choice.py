@@ -6,14 +6,11 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from spry_app.autodiff.memory import MIB
-from spry_app.client.slicing import AUTO_PART
 from spry_app.config import RunConfig
 from spry_app.errors import SpryError
 from spry_app.methods import get_method
 from spry_app.methods.by_device import EXACT, SLOPES
 from spry_app.models.checkpoint import find_device
-from spry_app.models.room import free_bytes
 from spry_app.planner.advice import advise
 from spry_app.planner.blank import model_of
 from spry_app.planner.plan import Asked, Desk, clients_of, rows_of
@@ -25,7 +22,7 @@ from spry_app.server.choice import Choice
 
 def advise_all(config: RunConfig, memory_mib: Sequence[float], gradients: Sequence[tuple[str, ...]]) -> Choice:
     """As server.choice.Advise, for nodes that are like this machine but for memory: on a GPU where this one has one."""
-    limit, own = _limit_mib(config, memory_mib), get_method(config).gradient.name
+    limit, own = _limit_mib(memory_mib), get_method(config).gradient.name
     names = dict.fromkeys((*reversed(EXACT), own, *SLOPES))
     able = [name for name in names if all(name in known for known in gradients)]
     rows = _rows(config, limit, len(memory_mib), able)
@@ -76,16 +73,13 @@ def _of_step(row: Row) -> Row:
     return dataclasses.replace(row, weights_mib=0.0, optimizer_mib=0.0, total_mib=step)
 
 
-def _limit_mib(config: RunConfig, memory_mib: Sequence[float]) -> float:
+def _limit_mib(memory_mib: Sequence[float]) -> float:
     """The least that a step may take on any node, above the loaded model."""
-    budget = config.client.memory_budget_mib
-    if budget == "auto":
-        budget = AUTO_PART * free_bytes(find_device(config.model.device)) / MIB
-    least = min((stated or float(budget or math.inf) for stated in memory_mib), default=math.inf)
+    least = min((stated or math.inf for stated in memory_mib), default=math.inf)
     if least == math.inf:
         raise SpryError(
             'gradient="auto" is chosen for what a step may take on a node, and nobody has said how much that is: set '
-            'client.memory-budget-mib, to MiB or to "auto" (here, half of what is free on the server\'s machine), or '
-            "memory-budget-mib in the config of each node."
+            'client.memory-budget-mib, to MiB or to "auto" (half of what is free on each node), or memory-budget-mib '
+            "in the config of each node."
         )
     return least
