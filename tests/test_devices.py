@@ -18,6 +18,7 @@ from spry_app.autodiff.gradients import GRADIENTS
 from spry_app.client import device
 from spry_app.client.device import device_of
 from spry_app.client.node import Node, load_node
+from spry_app.client.power import cpu_limit_w, gpu_limit_w
 from spry_app.client.trust import trusted
 from spry_app.config import RunConfig
 from spry_app.errors import SpryError
@@ -27,7 +28,7 @@ from spry_app.report.clients import Crew, node_table
 from spry_app.report.folder import read_run
 from spry_app.server.devices import sentence
 
-SAID = Device("NVIDIA Orin", 12.5, 4000.0, 80.0, False)
+SAID = Device("NVIDIA Orin", 12.5, 4000.0, 80.0, False, 15.0)
 NODE = {"partition-id": 0, "num-partitions": 1}
 
 
@@ -97,6 +98,37 @@ def test_a_pass_is_timed_as_the_clock_has_it(node: Node, run_config: dict) -> No
 
 
 @pytest.mark.parametrize(
+    ("packages", "limit"),
+    [
+        ({}, None),
+        ({"intel-rapl:0": "28000000\n"}, 28.0),
+        ({"intel-rapl:0": "95000000\n", "intel-rapl:1": "95000000\n", "intel-rapl:0:0": "0\n"}, 190.0),
+        ({"intel-rapl:0": "0\n"}, None),
+        ({"intel-rapl:0": "28000000\n", "intel-rapl:1": ""}, None),
+    ],
+)
+def test_the_limit_of_a_processor_is_that_of_its_packages(packages: dict, limit: float | None, tmp_path: Path) -> None:
+    """As Linux lays them out; what lies within a package is a part of it."""
+    for name, text in packages.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "constraint_0_power_limit_uw").write_text(text)
+    assert cpu_limit_w(tmp_path) == limit
+
+
+@pytest.mark.parametrize(("says", "limit"), [("700.00", 700.0), ("[N/A]", None), ("", None), (None, None)])
+def test_the_limit_of_a_gpu_is_what_its_tool_says(
+    says: str | None, limit: float | None, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """A tool in its place, as there is no GPU here; on a Jetson it says [N/A], and elsewhere there is none."""
+    if says is not None:
+        tool = tmp_path / "nvidia-smi"
+        tool.write_text(f'#!/bin/sh\n[ "$1" = --id=GPU-7 ] && [ "$2" = --query-gpu=power.limit ] && echo "{says}"\n')
+        tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpu_limit_w("GPU-7") == limit
+
+
+@pytest.mark.parametrize(
     ("battery", "said"),
     [
         (None, (None, None)),
@@ -149,6 +181,7 @@ def test_what_a_node_says_arrives_and_what_it_leaves_out_is_not_stated() -> None
     [
         *[{"forward-ms": value} for value in (0.0, -1.0, math.nan, math.inf, 1e300, "1", [1.0], True)],
         *[{"free-mib": value} for value in (-1.0, math.nan, math.inf)],
+        *[{"power-limit-w": value} for value in (0.0, -1.0, math.nan, math.inf)],
         *[{"battery-percent": value} for value in (-0.1, 100.1, math.nan)],
         {"plugged": 1},
         {"accelerator": "x" * 121},
@@ -197,7 +230,16 @@ def test_a_run_keeps_and_shows_what_its_nodes_said(
 def test_a_report_is_made_of_whatever_nodes_are_written_down() -> None:
     """Of runs before nodes said so much, and of files that somebody changed."""
     about = {"nodes": [{"node": "7", "partition": 0}, {"node": 8, "partition": 1, "gradients": 3, "plugged": "no"}]}
-    about["nodes"] += [{"node": "9", "partition": 2, "plugged": False, "battery-percent": 41.4, "forward-ms": "x"}]
+    about["nodes"] += [
+        {
+            "node": "9",
+            "partition": 2,
+            "plugged": False,
+            "battery-percent": 41.4,
+            "forward-ms": "x",
+            "power-limit-w": 28.0,
+        }
+    ]
     _, rows = node_table(Crew(SimpleNamespace(about=about, config={}, assignments=[])))  # type: ignore[arg-type]
-    assert [row[-2] for row in rows] == ["not stated", "not stated", "battery, 41 %"]
+    assert [row[-2] for row in rows] == ["not stated", "not stated", "battery, 41 %, at most 28 W"]
     assert [row[-1] for row in rows] == ["not stated"] * 3

@@ -4,16 +4,15 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from weakref import WeakKeyDictionary
 
-import psutil
 import torch
 from torch.nn import Module
 
 from spry_app.autodiff.directions import Seed
 from spry_app.autodiff.memory import MIB, peak_mib
 from spry_app.client.node import Node
+from spry_app.client.power import power_of
 from spry_app.client.slicing import budget_mib, rows_as_set
 from spry_app.config import RunConfig
 from spry_app.models.room import free_bytes
@@ -34,17 +33,15 @@ def device_of(node: Node, config: RunConfig) -> Device:
     """Where `privacy.mode` promises something, nothing: how long its rows are shows in a time."""
     if config.privacy.mode:
         return Device()
-    device, percent, plugged = node.adapted.device, None, None
-    with suppress(OSError, ValueError):  # what the system tells of a battery may be anything
-        battery = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
-        if battery is not None and 0 <= battery.percent <= 100:
-            percent, plugged = float(battery.percent), battery.power_plugged
+    device = node.adapted.device
+    power = power_of(device)
     return Device(
         accelerator=_name(device),
         forward_ms=node.forward_ms or _forward_ms(node, config),
         free_mib=free_bytes(device) / MIB,
-        battery_percent=percent,
-        plugged=plugged,
+        battery_percent=power.battery_percent,
+        plugged=power.plugged,
+        power_limit_w=power.limit_w,
     )
 
 

@@ -16,7 +16,7 @@ class Device:
 
     accelerator: what the node computes on. forward_ms: milliseconds of a forward pass of one of its examples, measured
     or as its node config says. free_mib: memory that is free there beside the loaded model. battery_percent: charge of
-    its battery; plugged: whether it runs on mains.
+    its battery; plugged: whether it runs on mains. power_limit_w: watts that it may take for what it computes on.
     """
 
     accelerator: str = ""
@@ -24,6 +24,7 @@ class Device:
     free_mib: float | None = None
     battery_percent: float | None = None
     plugged: bool | None = None
+    power_limit_w: float | None = None
 
     def stated(self) -> dict[str, str | float | bool]:
         """What there is, by the names that it has in messages and files."""
@@ -35,9 +36,9 @@ class Device:
         accelerator = record.get("accelerator", str) if "accelerator" in record else ""
         if len(accelerator) > MOST_NAMED:
             raise MalformedReply(f"the name of an accelerator of more than {MOST_NAMED} characters")
-        forward_ms, free_mib, battery = (
+        forward_ms, free_mib, battery, limit = (
             record.get(name, float) if name in record else None
-            for name in ("forward-ms", "free-mib", "battery-percent")
+            for name in ("forward-ms", "free-mib", "battery-percent", "power-limit-w")
         )
         if forward_ms is not None and not 0 < forward_ms <= LARGEST:
             raise MalformedReply(f"an impossible time of a forward pass: {forward_ms} ms")
@@ -45,5 +46,7 @@ class Device:
             raise MalformedReply(f"an impossible free memory: {free_mib} MiB")
         if battery is not None and not 0 <= battery <= 100:
             raise MalformedReply(f"an impossible battery: {battery} percent")
+        if limit is not None and not 0 < limit <= LARGEST:
+            raise MalformedReply(f"an impossible power limit: {limit} W")
         plugged = record.get("plugged", bool) if "plugged" in record else None
-        return cls(said(accelerator), forward_ms, free_mib, battery, plugged)
+        return cls(said(accelerator), forward_ms, free_mib, battery, plugged, limit)

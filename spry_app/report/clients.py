@@ -131,7 +131,8 @@ def _stated(node: Row, key: str, unit: str) -> str:
 def _power(node: Row) -> str:
     percent = number(node.get("battery-percent"))
     source = {True: "mains", False: "battery"}.get(node["plugged"]) if isinstance(node.get("plugged"), bool) else None
-    parts = [source, None if percent is None else f"{percent:.0f} %"]
+    limit = number(node.get("power-limit-w"))
+    parts = [source, None if percent is None else f"{percent:.0f} %", None if not limit else f"at most {limit:.4g} W"]
     return ", ".join(part for part in parts if part) or UNKNOWN
 
 
