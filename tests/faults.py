@@ -3,16 +3,14 @@
 import contextlib
 import itertools
 import re
-import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 from deployed import spry
-from ground import ROUNDS, Ground, Node, Row, Run, kill, promise
+from ground import ROUNDS, Ground, Node, Row, Run, kill, promise, standing_still
 
 from spry_app.launcher.logs import read
 
@@ -148,7 +146,7 @@ def server_app(ground: Ground) -> Row:
 def slow(ground: Ground) -> Row:
     node = ground.nodes["first"]
     run = ground.submit(**{"server.round-timeout-s": DEADLINE_S, "num-server-rounds": ROUNDS + 2})
-    with _standing_still(run, node):
+    with standing_still(run, node):
         run.until_round(2)
     run.completed()
     promise(run.took_s(2) < DEADLINE_S + SLACK_S, f"round 2 ends at its deadline; it took {run.took_s(2):.0f} s")
@@ -162,7 +160,7 @@ def late_reply(ground: Ground) -> Row:
     node = ground.nodes["first"]
     keys = {"method": "spry", "server.late-replies": "discount", "num-server-rounds": ROUNDS + 2}
     run = ground.submit(**keys, **{"server.round-timeout-s": DEADLINE_S})
-    with _standing_still(run, node):
+    with standing_still(run, node):
         run.until_round(2)
     run.completed()
     used = [(line["round"], said) for line in run.rounds for said in line["late"]]
@@ -176,8 +174,8 @@ def partial(ground: Ground) -> Row:
     """The worker stands still until its deadline is over, in the middle of a task."""
     node = ground.nodes["first"]
     run = ground.submit(**{"client.deadline-s": STEPS_S, "client.local-steps": 128})
-    with _standing_still(run, node):
-        _wait(run, STEPS_S)
+    with standing_still(run, node):
+        run.wait(STEPS_S)
     run.completed()
     second = run.round(2)
     done, asked = second["steps"], second["steps-asked"]
@@ -230,24 +228,6 @@ DRILLS = (
 )
 
 
-@contextlib.contextmanager
-def _standing_still(run: Run, node: Node) -> Iterator[None]:
-    """The worker, from the middle of its steps in round 2 on."""
-    run.until_round(1)
-    run.until_training(node)
-    stopped = node.worker.process()
-    kill(stopped, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        kill(stopped, signal.SIGCONT)
-
-
-def _wait(run: Run, seconds: float) -> None:
-    over = time.monotonic() + seconds
-    run.until(lambda: time.monotonic() > over, f"{seconds:g} s")
-
-
 def _resumed(ground: Ground, run: Run) -> Run:
     """The same run, gone on with: nothing of the rounds that had ended is lost."""
     again = ground.submit(**run.keys | {"resume": str(run.folder)})
@@ -289,7 +269,7 @@ def _start_until_it_stays(ground: Ground, node: Node, run: Run) -> int:
         if node.process.poll() is None:
             return tries
         promise(tries < 12, "the node is let in again")
-        _wait(run, 15.0)
+        run.wait(15.0)
     raise AssertionError
 
 

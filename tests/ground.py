@@ -9,6 +9,7 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from subprocess import Popen
@@ -181,6 +182,11 @@ class Run:
             self.look()
             time.sleep(0.1)
 
+    def wait(self, seconds: float) -> None:
+        """While nothing of this ground may end."""
+        over = time.monotonic() + seconds
+        self.until(lambda: time.monotonic() > over, f"{seconds:g} s", seconds + 60.0)
+
     def until_round(self, number: int, timeout_s: float = 300.0) -> None:
         """Until that round has ended."""
         self.until(lambda: self.rounds and self.rounds[-1]["round"] >= number, f"end of round {number}", timeout_s)
@@ -237,6 +243,19 @@ def kill(process: int | psutil.Process | Popen[bytes], number: signal.Signals = 
     pid = process if isinstance(process, int) else process.pid
     os.kill(pid, number)
     return time.monotonic()
+
+
+@contextmanager
+def standing_still(run: Run, node: Node) -> Iterator[None]:
+    """The node's worker, from the middle of its steps in round 2 on."""
+    run.until_round(1)
+    run.until_training(node)
+    stopped = node.worker.process()
+    kill(stopped, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        kill(stopped, signal.SIGCONT)
 
 
 def _flower(command: str, home: Path) -> Iterator[psutil.Process]:
