@@ -107,12 +107,23 @@ def head_cut(
 
 
 @torch.no_grad()
-def score(adapted: AdaptedModel, rows: Encoded, batch_size: int, prefix: Prefix | None = None) -> Score:
-    """What the task makes of the model with the tensors now loaded in it, on all rows. Nothing is trained."""
+def score(
+    adapted: AdaptedModel,
+    rows: Encoded,
+    batch_size: int,
+    prefix: Prefix | None = None,
+    done: Callable[[int], None] | None = None,
+) -> Score:
+    """What the task makes of the model with the tensors now loaded in it, on all rows. Nothing is trained.
+
+    done: told after each batch how many rows it had.
+    """
     total: dict[str, float] = {"loss": 0.0, "examples": 0, **dict.fromkeys(rows.task.sums, 0)}
     for part in rows.parts(batch_size):
         model = adapted.bound({}, entering=prefix([part])[0] if prefix else None)
         for name, value in rows.task.judge(model, rows, part).items():
             total[name] += value
+        if done:
+            done(len(part))
     loss, examples = total.pop("loss"), int(total.pop("examples"))
     return Score(loss=loss, sums=total, examples=examples)

@@ -19,8 +19,9 @@ from spry_app.methods.assignment import Deal
 from spry_app.methods.by_device import by_device
 from spry_app.protocol import introduction_request, lacks_memory, refusal, refusal_reason
 from spry_app.server.checkpoint import load
+from spry_app.server.held_out import held_out
 from spry_app.server.memory import step_memory
-from spry_app.server.run import _test_rows, federate
+from spry_app.server.run import federate
 
 UNITS = "abcdef"
 EVERY = tuple(GRADIENTS)
@@ -183,7 +184,7 @@ def test_a_budget_that_holds_no_step_of_the_share_is_told_to_the_server(run_conf
 def test_an_exact_step_takes_more_the_lower_it_begins(run_config: dict, tmp_path: Path) -> None:
     """As the server measures it for a run, on rows of its test set."""
     config, made = RunConfig.from_flower(run_config), Federation(tmp_path, run_config)
-    rows = _test_rows(config, made.adapted)
+    rows = held_out(config, made.adapted)
     assert rows is not None
     mib = step_memory(made.adapted, rows, config, made.strategy.method)
     assert mib(CHECKPOINTED, 0) > mib(CHECKPOINTED, 1) > mib(CHECKPOINTED, 2) > 0

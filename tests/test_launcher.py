@@ -3,6 +3,7 @@ A run that completes is in test_end_to_end.
 """
 
 import contextlib
+import logging
 import os
 import pty
 import re
@@ -23,6 +24,7 @@ from rich.console import Console
 from spry_app.launcher.logs import Tail, cause
 from spry_app.launcher.processes import Processes
 from spry_app.launcher.progress import RoundDisplay, describe
+from spry_app.server import held_out
 
 ROOT = Path(__file__).parent.parent
 Start = Callable[..., subprocess.Popen[str]]
@@ -177,6 +179,24 @@ def test_a_file_gets_a_plain_line_a_round_whatever_colours_a_ci_asks_for(
     monkeypatch.setenv("FORCE_COLOR", force_color)
     shown(Console(width=100))
     assert capsys.readouterr().out == PLAIN
+
+
+def test_a_long_evaluation_says_how_far_it_is(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the words of the server's own log; of its other lines nothing is shown."""
+    with caplog.at_level(logging.INFO, logger="flwr"):
+        told = held_out.Progress(2500)
+        told(1000)  # within a moment
+        monkeypatch.setattr(held_out, "EVERY_S", 0.0)
+        told(500)
+    assert caplog.messages == ["Scored 1,500 of 2,500 rows"]
+    with RoundDisplay(Console(width=100), nodes=3) as display:
+        display.note("INFO :      Starting SpryStrategy strategy:")
+        display.note(f"INFO :      {caplog.messages[0]}")
+        display.show(ROW)
+    first, *others = PLAIN.splitlines(keepends=True)
+    assert capsys.readouterr().out == "".join([first, "Scored 1,500 of 2,500 rows\n", *others])
 
 
 @pytest.mark.parametrize(

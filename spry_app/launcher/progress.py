@@ -1,6 +1,7 @@
 """What the person who started a run sees of it: each round as it ends, and the summary. Judges nothing."""
 
 import os
+import re
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -10,6 +11,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
 Row = dict[str, Any]
+_SCORED = re.compile(r"Scored [\d,]+ of [\d,]+ rows$")
+"""What the server says while it scores a model for long."""
 
 
 class RoundDisplay:
@@ -40,6 +43,14 @@ class RoundDisplay:
             self._live.update(self._task, description=head, completed=row["round"], total=row["rounds"], rest=rest)
         else:
             self._console.print(f"{head}  {rest}", soft_wrap=True, highlight=False)
+
+    def note(self, line: str) -> None:
+        """One line of the run's log, of which there is more to see than of a round that takes long."""
+        found = _SCORED.search(line)
+        if found and self._is_live:
+            self._live.update(self._task, rest=found[0])
+        elif found:
+            self._console.print(found[0], soft_wrap=True, highlight=False)
 
     def __enter__(self) -> Self:
         if not self._is_live:

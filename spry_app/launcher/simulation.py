@@ -97,8 +97,11 @@ def _watch(
     with RoundDisplay(console, simulation.nodes) as display:
 
         def look() -> None:
-            for line in told.new_lines() if simulation.verbose else ():
-                console.print(line, markup=False, highlight=False, soft_wrap=True)
+            for line in told.new_lines():
+                if simulation.verbose:
+                    console.print(line, markup=False, highlight=False, soft_wrap=True)
+                else:
+                    display.note(line)
             for line in metrics.new_lines():
                 display.show(json.loads(line))
 

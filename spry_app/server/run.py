@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from logging import INFO, WARNING
+from logging import INFO
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,11 +23,10 @@ from spry_app.methods import AUTO, BY_MEMORY, Layout, Method, get_method
 from spry_app.models import AdaptedModel, load_model, start_from
 from spry_app.models.pooled import is_copy
 from spry_app.models.sources import public_name
-from spry_app.objectives import refuse_too_long, score
 from spry_app.offline import set_offline
 from spry_app.plugins import load_object
-from spry_app.prefix import PrefixCache, frozen
-from spry_app.protocol import Score, from_arrays, to_arrays
+from spry_app.prefix import frozen
+from spry_app.protocol import from_arrays, to_arrays
 from spry_app.report import REPORT
 from spry_app.server.adapter_folder import write_adapter
 from spry_app.server.card import card
@@ -35,6 +34,7 @@ from spry_app.server.checkpoint import load
 from spry_app.server.choice import Advise, OneGradient
 from spry_app.server.ending import reported
 from spry_app.server.frame_file import load_frame, save_frame
+from spry_app.server.held_out import held_out, score_of
 from spry_app.server.memory import step_memory, step_peaks
 from spry_app.server.picture import draw
 from spry_app.server.record import Recorder
@@ -42,9 +42,8 @@ from spry_app.server.roster import versions
 from spry_app.server.stopping import Stopped, end_round
 from spry_app.server.strategy import SpryStrategy
 from spry_app.server.telemetry import Telemetry, opened
-from spry_app.tasks import Encoded, encode_rows, get_task
+from spry_app.tasks import Encoded, get_task
 
-_EVALUATION_BATCH = 32
 _TRIED = 256
 """Rows among which the longest is looked for, to measure a step."""
 Evaluate = Callable[[int, ArrayRecord], MetricRecord | None]
@@ -117,7 +116,7 @@ def federate(
     if config.adapter.path and not checkpoint:
         start_from(adapted, config.adapter)
     method = method.on(Layout(adapted.depths(), len(adapted.blocks)), config.client)
-    test = _test_rows(config, adapted)
+    test = held_out(config, adapted)
     recorder = Recorder(folder, config, checkpoint.progress.round if checkpoint else None, telemetry)
     if _simulated(grid):
         recorder.roster.labels = functools.partial(label_counts, config.data, config.seed)
@@ -146,7 +145,7 @@ def federate(
         """Central evaluation after each round; closes the round's record and keeps the state."""
         if checkpoint and round_ == 0:  # was scored when the checkpoint was made
             return None
-        score = None if test is None else functools.partial(_score, adapted, test, bottom, arrays)
+        score = None if test is None else functools.partial(score_of, adapted, test, bottom, arrays)
         try:
             result = end_round(config, recorder, arrays, score)
         finally:
@@ -229,27 +228,11 @@ def _strategy_class(path: str) -> Callable[..., Strategy]:
     return cast(Callable[..., Strategy], found)
 
 
-def _test_rows(config: RunConfig, adapted: AdaptedModel) -> Encoded | None:
-    test = load_corpus(config.data).test
-    if test is None:
-        return None
-    rows = encode_rows(get_task(config.data), test, adapted.tokenizer, config.data, False)
-    refuse_too_long(adapted, rows, "Rows of the test set")
-    if rows.lost():
-        log(WARNING, "Rows of the test set: %s", rows.lost())
-    return rows
-
-
 def _some_rows(config: RunConfig, adapted: AdaptedModel) -> Encoded:
     """Rows that a step can be tried on, where there is no test set."""
     rows = load_corpus(config.data).train
     few = rows.select(range(min(_TRIED, len(rows))))
     return get_task(config.data).encode(few, adapted.tokenizer, config.data, True)
-
-
-def _score(adapted: AdaptedModel, rows: Encoded, bottom: PrefixCache | None, arrays: ArrayRecord) -> Score:
-    adapted.load_tensors(from_arrays(arrays))
-    return score(adapted, rows, _EVALUATION_BATCH, bottom.entering if bottom else None)
 
 
 def _write_result(folder: Path, recorder: Recorder, method: Method, peaks: dict[str, float]) -> None:
