@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import psutil
 
 from spry_app.autodiff.memory import MIB
@@ -54,11 +55,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"round {one.round:3}  {one.seconds:6.0f} s  {told}", flush=True)
     except SpryError as error:
         sys.exit(f"error: {error}")
-    answer = grown(readings)
+    answer = growth(readings, met(newest(options.out)))
     settings = {key: value for key, value in vars(options).items() if key != "out"}
     whole = {"settings": settings, "readings": [asdict(one) for one in readings], "answer": answer}
     (options.out / "load.json").write_text(json.dumps(whole, indent=1) + "\n")
-    print(f"The server's memory from round {answer['from']} to {answer['to']}: {answer['mib']:+.1f} MiB")
+    (per_node, node_error), (per_round, round_error) = answer["node"], answer["round"]
+    print(f"Server: {per_round:.2f} ± {round_error:.2f} MiB a round", end=", ")
+    print(
+        f"beside {per_node:.2f} ± {node_error:.2f} MiB for each device that it has met, whose state Flower keeps there"
+    )
 
 
 def watch(nodes: int, clients: int, rounds: int, method: str, out: Path) -> Iterator[Reading]:
@@ -99,10 +104,32 @@ def memory(family: Iterable[psutil.Process]) -> dict[str, float]:
     return {name: round(mib, 1) for name, mib in found.items()}
 
 
-def grown(readings: Sequence[Reading]) -> dict[str, float]:
-    """Of the server, in MiB, between the first fifth of the rounds, by when all is loaded, and the last."""
-    first, last = readings[len(readings) // 5], readings[-1]
-    return {"from": first.round, "to": last.round, "mib": round(last.mib["server"] - first.mib["server"], 1)}
+def newest(out: Path) -> Path:
+    """Folder of the run that was begun last."""
+    return max((path.parent for path in out.glob("*/metrics.jsonl")), key=lambda folder: folder.stat().st_mtime)
+
+
+def met(folder: Path) -> list[int]:
+    """How many devices have been asked to train by the end of each round of the run in `folder`, from round 1."""
+    nodes, found = set[str](), list[int]()
+    for line in (folder / "assignments.jsonl").read_text().splitlines():
+        nodes |= {node for hand in json.loads(line)["hands"] for node in hand["nodes"]}
+        found.append(len(nodes))
+    return found
+
+
+def growth(readings: Sequence[Reading], nodes: Sequence[int]) -> dict[str, tuple[float, float]]:
+    """MiB of the server for each node that it has met, and for each round: by least squares, with standard errors.
+
+    nodes: met by the end of each round. The last reading does not count: the server has scored its model by then.
+    """
+    known = readings[:-1]
+    table = np.array([[1.0, nodes[one.round - 1], one.round] for one in known])
+    mib = np.array([one.mib["server"] for one in known])
+    found = np.linalg.lstsq(table, mib)[0]
+    variance = np.sum((mib - table @ found) ** 2) / (len(known) - 3)
+    errors = np.sqrt(variance * np.diag(np.linalg.inv(table.T @ table)))
+    return {name: (float(found[place]), float(errors[place])) for place, name in enumerate(("node", "round"), 1)}
 
 
 def _lines(path: Path) -> int:
