@@ -15,7 +15,7 @@ from spry_app.autodiff.budget import SMALLEST, WORKSPACES, DoesNotFit, Slices, f
 from spry_app.autodiff.directions import Seed
 from spry_app.autodiff.memory import peak_mib
 from spry_app.client.node import Node, load_node
-from spry_app.client.slicing import slices_of
+from spry_app.client.slicing import slices_of, slices_to_score
 from spry_app.client.step import Step
 from spry_app.config import RunConfig
 from spry_app.errors import SpryError
@@ -173,6 +173,15 @@ def test_the_choice_is_kept_for_the_run(folder: Path) -> None:
     state = RecordDict()
     first = slices(config(folder, budget=1), state)
     assert slices(config(folder, budget=4), state) == first
+
+
+def test_a_node_that_holds_no_step_scores_with_the_smallest_slices_and_does_not_try_again(folder: Path) -> None:
+    """The second time its budget would hold one, which it does not look at."""
+    state = RecordDict()
+    for budget in (0.01, 4.0):
+        node = node_of(config(folder), memory_budget_mib=budget)
+        assert slices_to_score(node, get_method(config(folder)), config(folder), state) == SMALLEST
+    assert slices_to_score(node, get_method(config(folder)), config(folder), RecordDict()) != SMALLEST
 
 
 def test_a_budget_that_is_too_small_names_the_keys_and_what_is_needed(folder: Path) -> None:

@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 _SLICES = "slices."
 """Beginning of the names of what is kept in a node's state, one a gradient."""
+_NONE_FIT = "no-slices"
+"""Name of what is kept where a step on all units is beyond the budget: finding that out takes many steps."""
 AUTO_PART = 0.5
 """Part of the free memory that "auto" takes: the rest is for what comes and goes beside a step."""
 
@@ -47,9 +49,12 @@ def slices_to_score(node: Node, method: Method, config: RunConfig, state: Record
     """Of passes without a gradient, which take less than a step: its slices on all units, or the smallest where the
     budget holds no step on so many.
     """
+    if _NONE_FIT in state:
+        return SMALLEST
     try:
         return slices_of(node, method, config, state)
     except OutOfMemory:
+        state[_NONE_FIT] = ConfigRecord({})
         return SMALLEST
 
 
