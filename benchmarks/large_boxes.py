@@ -51,7 +51,7 @@ def planned(shape: str, sizes: Sequence[Box], forward_ms: float, reserve_gib: fl
             {**_ALL, **LARGE[shape], "model.name": str(Path(folder)), "data.num-labels": LABELS}
         )
         adapted = model_of(config)
-        predictor = Predictor(adapted, host=False)
+        predictor = Predictor(adapted, host=True)
         for box in sizes:
             memory = 1024 * (box.gib - reserve_gib)
             desk = Desk(predictor, memory, box.slowness * forward_ms, 1, Asked(limits=False))

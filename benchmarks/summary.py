@@ -107,6 +107,8 @@ def print_summary(summary: Summary, searches: Sequence[Search]) -> None:
     budgets = ", ".join(f"{most:.4g} {axis}" for axis, most in summary.at.items())
     for told in QUANTITIES:
         heads = [f"{told} at the end", *(f"{told} at equal {axis}" for axis in summary.at)]
+        if all(figures[heads[0]].mean is None for figures in summary.accuracy.values()):
+            continue
         rows = [(name, *(_percent(figures[head]) for head in heads)) for name, figures in summary.accuracy.items()]
         print_table(f"Accuracy, {told}, % (at {budgets})", ("", "end", *(f"equal {axis}" for axis in summary.at)), rows)
     rows = [(name, *(_mean(figures[axis]) for axis in summary.at)) for name, figures in summary.to_target.items()]
