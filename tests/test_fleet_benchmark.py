@@ -15,7 +15,7 @@ from benchmarks.curves import axes
 from benchmarks.local_grid import identify
 from benchmarks.plan import Plan
 from benchmarks.rows import split, with_fewer_tests
-from benchmarks.shares import shares, table
+from benchmarks.shares import Shares, shares, table
 from benchmarks.watched import simulated
 from spry_app.config import RunConfig
 from spry_app.errors import SpryError
@@ -121,6 +121,20 @@ def test_boxes_that_hold_no_exact_step_are_left_out_by_themselves(plan: Plan) ->
     assert outcome.last["simulated-s"] == pytest.approx(slowest * 0.02)
     assert axes([outcome.curve]) == ["rounds", "forwards", "MiB", "simulated s"]
     assert axes([outcome.curve, measure(plan.cell(plan.final(benchmark.HEAD_ALONE, 0))).curve]) == axes([])[:3]
+
+
+def test_a_row_is_timed_by_its_own_passes_too() -> None:
+    """Both come to 0.8 after 10 s at 2 ms a pass. The other row's passes took twice as long, ours as long: after ours
+    has ended the other is half-way.
+    """
+
+    def line(round_: int, accuracy: float) -> dict[str, Any]:
+        return {"round": round_, "simulated-s": 10.0 * round_, "accuracy": accuracy}
+
+    curves = {name: [[line(0, 0.5), line(1, 0.8)]] for name in ("mixed", "other")}
+    found = {name: Shares(0.0, 0.0, ms, ()) for name, ms in (("mixed", 2.0), ("other", 4.0))}
+    (told,) = benchmark._against(curves, found, 2.0).values()
+    assert [round(figure.mean or 0.0, 6) for figure in told.values()] == [0.0, 0.0, 0.0, 15.0]
 
 
 def test_test_rows_are_drawn_from_the_evaluation_file(plan: Plan, tmp_path: Path) -> None:
