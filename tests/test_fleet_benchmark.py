@@ -12,6 +12,7 @@ from benchmarks import fleet as benchmark
 from benchmarks.boxes import EXACT, SLOPES, Box, Fleet, budgets, smallest
 from benchmarks.cells import Cell, Outcome, measure
 from benchmarks.curves import axes
+from benchmarks.large_boxes import HEAD, LARGE, lines, planned
 from benchmarks.local_grid import identify
 from benchmarks.plan import Plan
 from benchmarks.rows import split, with_fewer_tests
@@ -142,6 +143,19 @@ def test_test_rows_are_drawn_from_the_evaluation_file(plan: Plan, tmp_path: Path
     told, whole = (path.read_text().splitlines() for path in (some.test, plan.split.test))
     assert len(told) == 10 and all(told.count(row) <= whole.count(row) for row in told)
     assert (some.train, some.choice) == (plan.split.train, plan.split.choice)
+
+
+def test_a_shape_is_planned_on_every_box_at_its_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left of the second box is less than the weights; on the first one a pass takes twice 10 ms."""
+    monkeypatch.setitem(LARGE, "tiny", {"data.max-length": 16, "client.micro-batch": 0})
+    large, little = planned("tiny", [Box(1.0, 1, 2.0), Box(0.5001, 1, 4.0)], forward_ms=10.0, reserve_gib=0.5)
+    assert large.memory_mib == 512 and all(row.fits for row in large.rows)
+    assert large.taken is not None and large.rows[large.taken].gradient == "backprop"
+    assert large.rows[large.taken].step_s == pytest.approx(large.rows[large.taken].forwards * 0.02)
+    assert little.taken is None and not any(row.fits for row in little.rows)
+    told = list(lines(large))
+    assert told[0][0] == "1 GB (512 MiB free)" and "**backprop**" in {line[1] for line in told}
+    assert {len(line) for line in [*told, *lines(little)]} == {len(HEAD)}
 
 
 @pytest.mark.slow
