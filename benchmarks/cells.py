@@ -99,7 +99,7 @@ def measure(cell: Cell) -> Outcome:
     if watched:
         curve = tuple(line | {"simulated-s": simulated(watched.work, until=line["round"])} for line in curve)
     seconds = time.monotonic() - started
-    return Outcome(curve, seconds=seconds, config=config.flat(), work=watched.work if watched else ())
+    return Outcome(curve, seconds=seconds, config=config.flat(), work=tuple(watched.work) if watched else ())
 
 
 class Cells:
@@ -156,7 +156,7 @@ class Cells:
         if not path.exists():
             return None
         told = json.loads(path.read_text())["outcome"]
-        return Outcome(**told | {"curve": tuple(told["curve"])})
+        return Outcome(**told | {"curve": tuple(told["curve"]), "work": tuple(told.get("work", ()))})
 
     def _write(self, cell: Cell, outcome: Outcome) -> Outcome:
         outcome = Outcome(**vars(outcome) | {"commit": self.commit})
