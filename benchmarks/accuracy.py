@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cells import Cell, Cells, Outcome
+from benchmarks.cells import Cells, Outcome
 from benchmarks.measure import facts
 from benchmarks.plan import SEARCH_PART, TOP_BLOCKS, Plan, Variant
-from benchmarks.rows import DATA_DIR, split
+from benchmarks.rows import DATA_DIR, split, with_fewer_tests
 from benchmarks.search import KNOBS, Knobs, Steps
 from benchmarks.summary import Summary, draw, print_summary, summarise
 from spry_app.config import RunConfig, Scalar
@@ -53,7 +53,8 @@ def compare(options: argparse.Namespace, variants: Mapping[str, Variant], questi
     try:
         steps = Steps(cells, plan, knobs)
         found = steps.find(variants)
-        outcomes = run_all(cells, plan, found, options.seeds)
+        longer = {name: variant.longer for name, variant in variants.items()}
+        outcomes = run_all(cells, plan, found, options.seeds, longer)
     finally:
         cells.close()
     summary = summarise(question, outcomes, options.target, options.budget)
@@ -81,11 +82,19 @@ def keep(options: argparse.Namespace, told: Told, name: str, **more: Any) -> Non
 
 
 def run_all(
-    cells: Cells, plan: Plan, variants: Mapping[str, Mapping[str, Scalar]], seeds: int
+    cells: Cells,
+    plan: Plan,
+    variants: Mapping[str, Mapping[str, Scalar]],
+    seeds: int,
+    longer: Mapping[str, int] = {},
 ) -> dict[str, list[Outcome]]:
-    """Every variant with every seed. The seed comes first: a process then finds the model it has loaded."""
+    """Every variant with every seed. The seed comes first: a process then finds the model it has loaded. longer: of
+    some, how many times as many rounds they have.
+    """
     wanted = [
-        (name, Cell(plan.final(keys, seed), plan.nodes)) for seed in range(seeds) for name, keys in variants.items()
+        (name, plan.cell(plan.final(keys, seed, longer.get(name, 1))))
+        for seed in range(seeds)
+        for name, keys in variants.items()
     ]
     found = cells.run([cell for _, cell in wanted], "Runs of the table")
     outcomes: dict[str, list[Outcome]] = {name: [] for name in variants}
@@ -97,6 +106,8 @@ def run_all(
 def plan_of(options: argparse.Namespace) -> Plan:
     """What the arguments say."""
     rows = split(options.data, options.data_dir, options.out / "rows", options.train_rows, options.choice_rows)
+    if options.test_rows:
+        rows = with_fewer_tests(rows, options.out / "rows", options.data, options.test_rows)
     shared: dict[str, Scalar] = {
         "adapter.targets": TOP_BLOCKS,
         "client.batch-size": 8,
@@ -118,12 +129,14 @@ def plan_of(options: argparse.Namespace) -> Plan:
         evaluations=options.evaluations,
         shared=shared,
         search_part=options.search_part,
+        own=tuple(options.own),
     )
 
 
 def parser(question: str) -> argparse.ArgumentParser:
     """Arguments of every benchmark of accuracy."""
     found = argparse.ArgumentParser(description=question, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    found.set_defaults(own=())  # node config of each node
     found.add_argument("--data", default="sst2", help="name of a data set (rows.py)")
     found.add_argument("--data-dir", type=Path, default=Path(DATA_DIR), help="a folder a data set (SPRY_DATA)")
     found.add_argument("--alpha", default="1.0", help='"iid", or the concentration of the Dirichlet partition')
@@ -135,6 +148,7 @@ def parser(question: str) -> argparse.ArgumentParser:
     found.add_argument("--train-rows", type=int, default=4000, help="at most; 0: all")
     found.add_argument("--search-part", type=int, default=SEARCH_PART, help="step sizes: runs of one of so many rounds")
     found.add_argument("--choice-rows", type=int, default=400, help="of the training file, to choose step sizes on")
+    found.add_argument("--test-rows", type=int, default=0, help="of the evaluation file, drawn once; 0: all")
     found.add_argument("--budget", type=float, default=0.0, help="forwards to compare at; 0: what all have spent")
     found.add_argument("--target", type=float, default=0.0, help="accuracy to reach; 0: half of the best one's gain")
     found.add_argument(

@@ -21,6 +21,7 @@ import torch
 from flwr.serverapp import Grid
 
 from benchmarks.local_grid import LocalGrid, identify
+from benchmarks.watched import WatchedGrid, Work, simulated
 from spry_app.client.node import forget_nodes
 from spry_app.config import RunConfig, Scalar
 from spry_app.errors import SpryError
@@ -44,22 +45,28 @@ KEPT = (
 
 @dataclass(frozen=True)
 class Cell:
-    """run_config: the keys that are not at their default. nodes: over which the rows are dealt."""
+    """run_config: the keys that are not at their default. nodes: over which the rows are dealt. own: node config of
+    each, none for all alike; what they do is then written down.
+    """
 
     run_config: Mapping[str, Scalar]
     nodes: int
+    own: Sequence[Mapping[str, Scalar]] = ()
 
     @property
     def name(self) -> str:
         """The same for the same cell, whatever the order of its keys, and whether a default is spelt out."""
         usual = RunConfig.defaults()
-        told = json.dumps([self.nodes, sorted(item for item in self.run_config.items() if item not in usual.items())])
+        keys = sorted(item for item in self.run_config.items() if item not in usual.items())
+        told = json.dumps([self.nodes, keys, *([[dict(node) for node in self.own]] if self.own else [])])
         return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a cell gave. curve: a mapping of KEPT for every round, round 0 first. error: why there is none."""
+    """What a cell gave. curve: a mapping of KEPT for every round, round 0 first, and where nodes have a node config of
+    their own "simulated-s" since the start (watched.py). error: why there is none. work: of those nodes.
+    """
 
     curve: tuple[Mapping[str, Any], ...] = ()
     error: str = ""
@@ -67,6 +74,7 @@ class Outcome:
     commit: str = ""
     config: Mapping[str, Scalar] = field(default_factory=dict)
     """All keys, as they were."""
+    work: Sequence[Work] = ()
 
     @property
     def last(self) -> Mapping[str, Any]:
@@ -77,16 +85,21 @@ def measure(cell: Cell) -> Outcome:
     """Run the cell in this process, by the server's own `federate` and the real ClientApp."""
     started = time.monotonic()
     forget_nodes()
+    watched = WatchedGrid(cell.nodes, cell.run_config, cell.own) if cell.own else None
+    grid = watched or LocalGrid(cell.nodes, cell.run_config)
     with tempfile.TemporaryDirectory(prefix="spry-cell-") as folder:
         try:
             config = RunConfig.from_flower(cell.run_config)
-            done = federate(cast(Grid, LocalGrid(cell.nodes, cell.run_config)), config, Path(folder))
+            done = federate(cast(Grid, grid), config, Path(folder))
         except Exception as error:  # told in the record: the other cells go on
             kind = "" if isinstance(error, SpryError) else f"{type(error).__name__}: "
             return Outcome(error=f"{kind}{error}", seconds=time.monotonic() - started)
     lines = [json.loads(line.as_json()) for line in done.recorder.rounds]
     curve = tuple({name: line[name] for name in KEPT} for line in lines)
-    return Outcome(curve, seconds=time.monotonic() - started, config=config.flat())
+    if watched:
+        curve = tuple(line | {"simulated-s": simulated(watched.work, until=line["round"])} for line in curve)
+    seconds = time.monotonic() - started
+    return Outcome(curve, seconds=seconds, config=config.flat(), work=tuple(watched.work) if watched else ())
 
 
 class Cells:
@@ -143,11 +156,18 @@ class Cells:
         if not path.exists():
             return None
         told = json.loads(path.read_text())["outcome"]
-        return Outcome(**told | {"curve": tuple(told["curve"])})
+        return Outcome(**told | {"curve": tuple(told["curve"]), "work": tuple(told.get("work", ()))})
 
     def _write(self, cell: Cell, outcome: Outcome) -> Outcome:
         outcome = Outcome(**vars(outcome) | {"commit": self.commit})
-        told = {"cell": {"nodes": cell.nodes, "run-config": dict(cell.run_config)}, "outcome": vars(outcome)}
+        told = {
+            "cell": {
+                "nodes": cell.nodes,
+                "run-config": dict(cell.run_config),
+                "own": [dict(node) for node in cell.own],
+            },
+            "outcome": vars(outcome),
+        }
         path = self._path(cell)
         half = path.with_suffix(".half")
         half.write_text(json.dumps(told, indent=1) + "\n")

@@ -11,8 +11,16 @@ AXES: dict[str, tuple[str, ...]] = {
     "rounds": ("round",),
     "forwards": ("forwards",),
     "MiB": ("mib-up", "mib-down"),
+    "simulated s": ("simulated-s",),
 }
-"""What a run spends -> the numbers of a line that add up to it. Forwards: passes of one example (autodiff.costs)."""
+"""What a run spends -> the numbers of a line that add up to it. Forwards: passes of one example (autodiff.costs).
+Simulated: where nodes say how fast they are (watched.py).
+"""
+
+
+def axes(curves: Sequence[Curve]) -> list[str]:
+    """Of which all of these runs say what they spent."""
+    return [name for name, parts in AXES.items() if all({*parts} <= line.keys() for curve in curves for line in curve)]
 
 
 def spent(line: Mapping[str, Any], axis: str) -> float:

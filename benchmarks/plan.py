@@ -1,8 +1,9 @@
 """What all runs of a comparison share, and how long they are: a variant's own keys in, a whole run config out."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from benchmarks.cells import Cell
 from benchmarks.rows import Split, data_keys, partition_keys
 from spry_app.config import Scalar
 
@@ -26,10 +27,13 @@ many slopes as the others.
 
 @dataclass(frozen=True)
 class Variant:
-    """keys: what sets it apart. like: the keys with which its step sizes are searched, where not with its own."""
+    """keys: what sets it apart. like: the keys with which its step sizes are searched, where not with its own. longer:
+    how many times as many rounds a run for a table has.
+    """
 
     keys: Mapping[str, Scalar]
     like: Mapping[str, Scalar] | None = None
+    longer: int = 1
 
     @property
     def searched(self) -> Mapping[str, Scalar]:
@@ -41,7 +45,8 @@ class Plan:
     """shared: keys of every run, and the defaults of what variants vary. rounds: of a run with the shared number of
     local steps; others have as many more as they take fewer, so that all see as many examples. evaluations: after
     training has begun. nodes: over which the rows are dealt. search_part: a searching run has one of so many rounds;
-    the more of them it leaves out, the larger the steps it prefers.
+    the more of them it leaves out, the larger the steps it prefers. own: node config of each node of a run for a table,
+    none for all alike; step sizes are searched on nodes without limits.
     """
 
     data: str
@@ -53,19 +58,22 @@ class Plan:
     evaluations: int
     shared: Mapping[str, Scalar]
     search_part: int = SEARCH_PART
+    own: Sequence[Mapping[str, Scalar]] = ()
 
-    def final(self, keys: Mapping[str, Scalar], seed: int) -> dict[str, Scalar]:
+    def cell(self, keys: Mapping[str, Scalar]) -> Cell:
+        """The run of a whole run config on these nodes."""
+        return Cell(keys, self.nodes, self.own)
+
+    def final(self, keys: Mapping[str, Scalar], seed: int, longer: int = 1) -> dict[str, Scalar]:
         """A run for a table, scored on the evaluation file."""
-        return self._whole(keys, self.rounds, self.evaluations, seed) | data_keys(
-            self.data, self.split.train, self.split.test
-        )
+        known = data_keys(self.data, self.split.train, self.split.test)
+        return known | self._whole(keys, longer * self.rounds, longer * self.evaluations, seed)
 
     def searching(self, keys: Mapping[str, Scalar]) -> dict[str, Scalar]:
         """A short run for choosing a step size, scored on rows of the training file."""
         rounds = -(-self.rounds // self.search_part)
-        return self._whole(keys, rounds, self.evaluations, SEARCH_SEED) | data_keys(
-            self.data, self.split.train, self.split.choice
-        )
+        known = data_keys(self.data, self.split.train, self.split.choice)
+        return known | self._whole(keys, rounds, self.evaluations, SEARCH_SEED)
 
     def _whole(self, keys: Mapping[str, Scalar], rounds: int, evaluations: int, seed: int) -> dict[str, Scalar]:
         method = METHOD_KEYS.get(str(keys.get("method", "")), {})

@@ -4,7 +4,7 @@ row is part of the repository.
 
 import os
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from spry_app.config import Scalar
@@ -71,6 +71,15 @@ def split(name: str, data_dir: Path, folder: Path, train_rows: int, choice_rows:
     for path, rows in ((found.train, kept), (found.choice, lines[:choice_rows])):
         path.write_text("\n".join(rows) + "\n")
     return found
+
+
+def with_fewer_tests(rows: Split, folder: Path, name: str, count: int, seed: int = 0) -> Split:
+    """So many rows of the evaluation file, in a file of their own in `folder`; all where it has no more."""
+    lines = rows.test.read_text().strip().split("\n")
+    random.Random(seed).shuffle(lines)
+    path = folder / f"{name}-test-{min(count, len(lines))}.jsonl"
+    path.write_text("\n".join(lines[:count]) + "\n")
+    return replace(rows, test=path)
 
 
 def data_keys(name: str, train: Path, test: Path) -> dict[str, Scalar]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cells import Outcome
-from benchmarks.curves import AXES, Curve, Figure, at, budget, figure, points, taken
+from benchmarks.curves import AXES, Curve, Figure, at, axes, budget, figure, points, taken
 from benchmarks.search import Search
 
 QUANTITIES = {"generalised": "accuracy", "personalised": "personalised-accuracy"}
@@ -38,7 +38,7 @@ def summarise(question: str, outcomes: Mapping[str, Sequence[Outcome]], target: 
     curves = {name: [one.curve for one in found if not one.error] for name, found in outcomes.items()}
     curves = {name: found for name, found in curves.items() if found}
     every = [curve for found in curves.values() for curve in found]
-    budgets = {axis: budget(every, axis) for axis in AXES} if every else {}
+    budgets = {axis: budget(every, axis) for axis in axes(every)} if every else {}
     if forwards and every:
         budgets["forwards"] = forwards
     target = target or _half_way(curves)
@@ -48,7 +48,7 @@ def summarise(question: str, outcomes: Mapping[str, Sequence[Outcome]], target: 
         target=target,
         accuracy={name: _accuracies(found, budgets) for name, found in curves.items()},
         to_target={
-            name: {axis: figure([taken(curve, axis, target) for curve in found]) for axis in AXES}
+            name: {axis: figure([taken(curve, axis, target) for curve in found]) for axis in budgets}
             for name, found in curves.items()
         },
         costs={
@@ -95,7 +95,8 @@ def _costs(outcomes: Sequence[Outcome]) -> dict[str, float]:
 
 def mean_curve(curves: Sequence[Curve]) -> list[dict[str, float | None]]:
     """Means over seeds of the evaluated rounds; the seeds were evaluated at the same ones."""
-    names = ("round", "forwards", "mib-up", "mib-down", *QUANTITIES.values(), "loss")
+    spent = dict.fromkeys(part for axis in axes(curves) for part in AXES[axis])
+    names = (*spent, *QUANTITIES.values(), "loss")
     lines = zip(*([line for line in curve if line["accuracy"] is not None] for curve in curves), strict=True)
     return [{name: figure([line[name] for line in each]).mean for name in names} for each in lines]
 
@@ -106,10 +107,12 @@ def print_summary(summary: Summary, searches: Sequence[Search]) -> None:
     budgets = ", ".join(f"{most:.4g} {axis}" for axis, most in summary.at.items())
     for told in QUANTITIES:
         heads = [f"{told} at the end", *(f"{told} at equal {axis}" for axis in summary.at)]
+        if all(figures[heads[0]].mean is None for figures in summary.accuracy.values()):
+            continue
         rows = [(name, *(_percent(figures[head]) for head in heads)) for name, figures in summary.accuracy.items()]
         print_table(f"Accuracy, {told}, % (at {budgets})", ("", "end", *(f"equal {axis}" for axis in summary.at)), rows)
-    rows = [(name, *(_mean(figures[axis]) for axis in AXES)) for name, figures in summary.to_target.items()]
-    print_table(f"To an accuracy of {summary.target:.1%}", ("", *AXES), rows)
+    rows = [(name, *(_mean(figures[axis]) for axis in summary.at)) for name, figures in summary.to_target.items()]
+    print_table(f"To an accuracy of {summary.target:.1%}", ("", *summary.at), rows)
     heads = list(next(iter(summary.costs.values()), {}))
     rows = [(name, *(f"{cost[head]:.4g}" for head in heads)) for name, cost in summary.costs.items()]
     print_table("A whole run", ("", *heads), rows)
@@ -152,14 +155,15 @@ def draw(summary: Summary, path: Path) -> None:
     from matplotlib import colormaps
     from matplotlib.figure import Figure as Picture
 
+    spent = list(summary.at) or list(AXES)
     picture = Picture(figsize=(13, 4.2), layout="constrained")
     colours = colormaps["tab20"].colors  # type: ignore[attr-defined]
-    for axes, axis in zip(picture.subplots(1, len(AXES)), AXES, strict=True):
+    for plot, axis in zip(picture.subplots(1, len(spent)), spent, strict=True):
         for place, (name, curve) in enumerate(summary.curves.items()):
             known = points(curve, axis, "accuracy")
-            axes.plot(*zip(*known, strict=True), label=name, color=colours[place % len(colours)], marker=".")
-        axes.set(xlabel={"forwards": "forward passes of one example"}.get(axis, axis), ylabel="accuracy")
-        axes.grid(alpha=0.3)
+            plot.plot(*zip(*known, strict=True), label=name, color=colours[place % len(colours)], marker=".")
+        plot.set(xlabel={"forwards": "forward passes of one example"}.get(axis, axis), ylabel="accuracy")
+        plot.grid(alpha=0.3)
     handles, labels = picture.axes[0].get_legend_handles_labels()
     picture.legend(handles, labels, loc="outside right center", frameon=False)
     picture.savefig(path, dpi=120)

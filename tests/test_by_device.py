@@ -81,6 +81,23 @@ def test_a_unit_out_of_reach_goes_to_the_most_memory() -> None:
     assert found(deal(5.0, 4.0)) == [(UNITS, "", 0), ("f", "", 0)]
 
 
+def test_a_node_whose_memory_holds_no_tangents_takes_two_plain_forwards() -> None:
+    """Central differences for 5 MiB, where forward mode takes 10; 7 hold an exact step on the uppermost block alone. In
+    the end forward mode reaches no lower than c: who covers the units below takes what reaches them.
+    """
+
+    def mib(kind: str, lowest: int) -> float:
+        return 5.0 if kind == "central-difference" else step_mib(kind, lowest)
+
+    central = "central-difference"
+    assert found(deal(36.0, 7.0, step_mib=mib)) == [(UNITS, CHECKPOINTED, 1), ("def", central, 0)]
+    assert found(deal(7.0, 6.0, step_mib=mib)) == [("abc", central, 0), ("def", central, 0)]
+    only = {"gradients": (EVERY, ("forward-mode", CHECKPOINTED))}
+    assert found(deal(36.0, 7.0, step_mib=mib, **only))[1] == ("f", CHECKPOINTED, 1)
+    deep = {"step_mib": lambda kind, lowest: mib(kind, lowest) if lowest > 1 or kind == central else 99.0}
+    assert found(deal(11.0, 11.0, **deep)) == [("abef", central, 0), ("cd", "", 0)]
+
+
 def test_a_node_is_given_only_what_it_can_take() -> None:
     assert found(deal(0.0, gradients=(("backprop", "forward-mode"),))) == [(UNITS, "backprop", 1)]
     assert found(deal(0.0, gradients=(("forward-mode",),))) == [(UNITS, "", 0)]

@@ -37,7 +37,7 @@ from spry_app.planner.predict import Predictor
 from spry_app.planner.rows import Row
 from spry_app.planner.ways import Way, ways
 from spry_app.protocol import Task
-from spry_app.server.memory import step_memory
+from spry_app.server.memory import MARGIN, step_memory
 from spry_app.tasks import get_task
 
 LENGTH, BATCH = 48, 8
@@ -122,8 +122,12 @@ def test_a_step_on_quantised_weights_is_predicted_to_a_tenth(tmp_path: Path, qua
     compare(tmp_path, "llama", ("backprop", "forward mode"), **{"model.quantization": quantization})
 
 
-def test_the_smallest_steps_by_which_units_are_dealt_out_are_predicted_to_a_tenth(tmp_path: Path) -> None:
-    """A client's own step of one example, in the smallest slices, on the units from each block up."""
+def test_the_smallest_steps_by_which_units_are_dealt_out_are_predicted_to_a_tenth_and_never_short(
+    tmp_path: Path,
+) -> None:
+    """A client's own step of one example, in the smallest slices, on the units from each block up. A tenth is added, so
+    that a node which has as much does not refuse it.
+    """
     settings = config(wide(tmp_path, "bert"), method="spry")
     task, method = get_task(settings.data), get_method(settings)
     adapted = load_model(settings.model, settings.adapter, 3, 0, task=task)
@@ -137,7 +141,8 @@ def test_the_smallest_steps_by_which_units_are_dealt_out_are_predicted_to_a_tent
             step = functools.partial(Step(node, own.gradient, exact, 1, SMALLEST).estimate, [1], tensors)
             step(Seed(0, 0, 0, 0))  # what is tried once a process
             real = peak_mib(functools.partial(step, Seed(0, 0, 0, 0)), "cpu")
-            assert predicted(kind, lowest) == pytest.approx(real, rel=0.1, abs=0.005), (kind, lowest)
+            assert predicted(kind, lowest) / MARGIN == pytest.approx(real, rel=0.1, abs=0.005), (kind, lowest)
+            assert predicted(kind, lowest) >= real, (kind, lowest)
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])

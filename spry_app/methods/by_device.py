@@ -4,7 +4,7 @@ it is. Measures nothing: a Deal tells.
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from spry_app.autodiff.gradients import GRADIENTS
 from spry_app.methods.assignment import Deal, Share, depth_split
@@ -24,8 +24,9 @@ def by_device(deal: Deal) -> list[Share]:
     A node is strong whose memory holds a step of an exact gradient on the upper half of the units or more: it takes it
     on all that it reaches. The others take bands, as `depth_split` deals them, of what they reach; of the upper half
     alone where strong nodes hold the rest. A band on which an exact gradient fits has one, else the method's own, made
-    of slopes. A unit that is out of everyone's reach goes to the node with the most memory. A node that has stated no
-    memory has stated no limit. Those that are much slower than the others do less (`in_time`).
+    of slopes, or one that takes less where memory holds none of its steps (two plain forward passes, no tangents). A
+    unit that is out of everyone's reach goes to the node with the most memory. A node that has stated no memory has
+    stated no limit. Those that are much slower than the others do less (`in_time`).
     """
     shares: dict[int, Share] = {}
     weak = []
@@ -72,7 +73,8 @@ def _covering(deal: Deal, shares: list[Share]) -> list[Share]:
     missing = [unit for unit in deal.units if not any(unit in share for share in shares)]
     if missing and shares:
         most = max(range(deal.clients), key=lambda client: deal.memory_mib[client] or math.inf)
-        shares[most] = _share(deal, {*missing, *shares[most]}, _slopes(deal, most))
+        units = {*missing, *shares[most]}
+        shares[most] = _share(deal, units, _slopes(deal, most, units))
     return shares
 
 
@@ -88,9 +90,14 @@ def _first(kinds: Iterable[str], deal: Deal, client: int) -> str:
     return next((kind for kind in kinds if kind in known), "")
 
 
-def _slopes(deal: Deal, client: int) -> str:
+def _slopes(deal: Deal, client: int, units: Collection[str] = ()) -> str:
+    """The first kind of slopes that the client can take and whose step fits on a unit, or on all of `units`; where none
+    does, the first.
+    """
     own = [deal.gradient] if GRADIENTS[deal.gradient].slopes else []
-    return _first([*own, *SLOPES], deal, client) or deal.gradient
+    known = [kind for kind in (*own, *SLOPES) if _first([kind], deal, client)]
+    fitting = (kind for kind in known if (reach := _reach(deal, client, kind)) and set(units) <= set(reach))
+    return next(fitting, known[0] if known else deal.gradient)
 
 
 def _reach(deal: Deal, client: int, kind: str) -> tuple[str, ...]:

@@ -21,9 +21,15 @@ from spry_app.models.skeleton import skeleton
 from spry_app.objectives import batch_of, head_cut
 from spry_app.tasks import Encoded
 
+MARGIN = 1.1
+"""Of what is predicted, for what it may miss (a test holds it to a tenth): a node that has less than a step takes
+refuses it, and is then dealt half as much for the rest of the run.
+"""
+
 
 def step_memory(adapted: AdaptedModel, rows: Encoded, config: RunConfig, method: Method) -> StepMemory:
-    """(gradient, lowest block) -> MiB that the smallest step takes above the loaded model on the units from there up.
+    """(gradient, lowest block) -> MiB that a node must have for the smallest step on the units from there up, above the
+    loaded model: what it takes, and a MARGIN.
 
     One example, the longest of `rows`, and one direction at once, with the smallest temporaries: a node with more makes
     more of it (client.slicing). Each is predicted when it is first asked for, for clients that compute on the CPU if
@@ -45,7 +51,7 @@ def step_memory(adapted: AdaptedModel, rows: Encoded, config: RunConfig, method:
             tried = functools.partial(head_cut, own.gradient, shape, rows, exact, tensors)
             cut = with_peak(tried, shape.device)[0]
             step = functools.partial(estimate_with_exact, own.gradient, batch, tensors, exact, seed, 1, 1, cut)
-            return peak_mib(step, shape.device)
+            return MARGIN * peak_mib(step, shape.device)
 
     return mib
 

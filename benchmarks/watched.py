@@ -1,0 +1,76 @@
+"""A federation in this process whose nodes' work is written down, with how long its rounds would last on boxes that are
+as fast as they say. Nothing is decided here.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flwr.app import Message
+
+from benchmarks.local_grid import LocalGrid
+from spry_app.config import Scalar
+from spry_app.protocol import TRAIN, refusal_reason, size_bytes
+
+Work = Mapping[str, Any]
+"""Of one answer. "round": 0 before the first; "partition"; "refused": why, and then no more. Of an introduction "rows"
+to train on. Of a round's task "gradient" (empty for the method's), "units", "forwards" (passes of one example), "s"
+that it took here, "box-s" that those passes take on a box as fast as the node says, "examples", "steps", "bytes" of the
+reply, and "peak-mib" of the first step, 0.0 where it was not measured.
+"""
+
+
+class WatchedGrid(LocalGrid):
+    """own: node config of each partition, `forward-ms` in each. In the last round all clients measure their first step,
+    and not one alone.
+    """
+
+    def __init__(self, clients: int, run_config: Mapping[str, Scalar], own: Sequence[Mapping[str, Scalar]]) -> None:
+        super().__init__(clients, run_config, own=own)
+        self.work: list[Work] = []
+        self._last = run_config["num-server-rounds"]
+
+    def _deliver(self, message: Message) -> Message | None:
+        is_task = message.metadata.message_type == TRAIN
+        if is_task:
+            task: Any = message.content["config"]
+            task["measure"] = task["measure"] or task["round"] == self._last
+        reply = super()._deliver(message)
+        if reply is not None:
+            self.work.append(self._done(message, reply, is_task))
+        return reply
+
+    def _done(self, message: Message, reply: Message, is_task: bool) -> Work:
+        node = self.contexts[message.metadata.dst_node_id].node_config
+        found: dict[str, Any] = {
+            "round": int(message.metadata.group_id or 0),
+            "partition": int(node["partition-id"]),
+        }
+        if reason := refusal_reason(reply):
+            return found | {"refused": reason}
+        if not is_task:
+            said: Any = reply.content.get("introduction")
+            return found | ({"rows": said["examples"]} if said else {})
+        task: Any = message.content["config"]
+        metrics: Any = reply.content["metrics"]
+        return found | {
+            "gradient": task["gradient"],
+            "units": len(task["units"]),
+            "forwards": metrics["forwards"],
+            "s": metrics["seconds"],
+            "box-s": metrics["forwards"] * float(node["forward-ms"]) / 1e3,
+            "examples": metrics["num-examples"],
+            "steps": metrics["steps"],
+            "bytes": size_bytes(reply),
+            "peak-mib": metrics["peak-mib"],
+        }
+
+
+def simulated(work: Sequence[Work], until: int) -> float:
+    """Seconds to the end of round `until`: each lasts as long as its slowest client computes, which is its passes at
+    the speed that the node states. The way there and back, and evaluation, take none.
+    """
+    slowest: dict[int, float] = {}
+    for done in work:
+        if "box-s" in done and done["round"] <= until:
+            slowest[done["round"]] = max(done["box-s"], slowest.get(done["round"], 0.0))
+    return sum(slowest.values())
