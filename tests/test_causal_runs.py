@@ -69,7 +69,7 @@ def test_a_federation_learns_to_answer_and_says_so(run_config: dict, tmp_path: P
     assert first.main == 0.0 and last.main is not None and last.main > 1e-4 and last.accuracy is None
     assert last.personalised is not None and last.personalised.keys() == first.metrics.keys()
     assert done.recorder.stopped == f"target-accuracy 0.0001 reached in round {last.round}"
-    _write_result(tmp_path, done.recorder, {})
+    _write_result(tmp_path, done.recorder, done.method, {})
     result = json.loads((tmp_path / "result.json").read_text())
     line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert result["main-metric"] == line["main-metric"] == "token-accuracy" and line["accuracy"] is None
