@@ -36,13 +36,13 @@ ROWS: dict[str, Variant] = {
     "SPRY, every box": Variant(SPRY),
     "zeroth order, every box": Variant({**SPRY, "gradient": "central-difference"}, like=SPRY),
     "backprop, boxes that hold it": Variant(BACKPROP, longer=3),
-    "mixed": Variant(MIXED, like=BACKPROP),
-    "mixed, weighted by examples": Variant({**MIXED, "server.weighting": "examples"}, like=BACKPROP),
+    "mixed": Variant(MIXED),
+    "mixed, weighted by examples": Variant({**MIXED, "server.weighting": "examples"}, like=MIXED),
 }
 """All have an exact head and the server's Yogi. Central differences measure the slopes of forward mode, and have its
-step sizes; a mixed fleet of boxes without limits would be backpropagation, and has those. Checkpointed backprop on all
-units is refused by the boxes that do not hold it, which leaves them out; its rounds are short, so it has three times as
-many; a head's, twice.
+step sizes; a mixed fleet has the same however it is weighted; all are searched on these boxes. Checkpointed backprop on
+all units is refused by the boxes that do not hold it, which leaves them out; its rounds are short, so it has three
+times as many; a head's, twice.
 """
 SHARED: Keys = {
     TARGETS: QUERY_VALUE,
@@ -167,8 +167,8 @@ def _sizes(told: str) -> list[Box]:
 
 def _parser() -> argparse.ArgumentParser:
     found = parser(QUESTION)
-    found.set_defaults(data="sst2,ag_news", alpha="0.5", seeds=2, rounds=12, evaluations=4, search_part=2, jobs=1)
-    found.set_defaults(train_rows=2000, choice_rows=200, test_rows=400, out=Path("outputs/fleet"))
+    found.set_defaults(data="sst2,ag_news", alpha="0.5", seeds=2, rounds=12, evaluations=4, search_part=1, jobs=1)
+    found.set_defaults(train_rows=2000, choice_rows=400, test_rows=400, out=Path("outputs/fleet"))
     found.add_argument(
         "--sizes", type=_sizes, default="2x24x1,4x8x2,4x4x4", help="of boxes: how many x GB x times as slow; sorted"
     )

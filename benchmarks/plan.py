@@ -45,8 +45,7 @@ class Plan:
     """shared: keys of every run, and the defaults of what variants vary. rounds: of a run with the shared number of
     local steps; others have as many more as they take fewer, so that all see as many examples. evaluations: after
     training has begun. nodes: over which the rows are dealt. search_part: a searching run has one of so many rounds;
-    the more of them it leaves out, the larger the steps it prefers. own: node config of each node of a run for a table,
-    none for all alike; step sizes are searched on nodes without limits.
+    the more of them it leaves out, the larger the steps it prefers. own: node config of each node, none for all alike.
     """
 
     data: str

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.cells import Cell, Cells, Outcome
+from benchmarks.cells import Cells, Outcome
 from benchmarks.plan import Plan, Variant
 from spry_app.config import RunConfig, Scalar
 from spry_app.methods import get_method
@@ -99,10 +99,10 @@ class Search:
         return {"for": self.name, "key": self.key, "chosen": self.best, "tried": tried}
 
 
-def search(searches: Sequence[Search], cells: Cells, nodes: int, what: str) -> None:
+def search(searches: Sequence[Search], cells: Cells, plan: Plan, what: str) -> None:
     """Fill `tried` of all of them, beside each other."""
     while todo := [(one, value) for one in searches for value in one.pending()]:
-        found = cells.run([Cell({**one.keys, one.key: value}, nodes) for one, value in todo], what)
+        found = cells.run([plan.cell({**one.keys, one.key: value}) for one, value in todo], what)
         for (one, value), outcome in zip(todo, found, strict=True):
             one.tried[value] = outcome
 
@@ -156,7 +156,7 @@ class Steps:
         return Search(name, self.plan.searching(keys), key, first)
 
     def _search(self, searches: list[Search], what: str) -> None:
-        search(searches, self.cells, self.plan.nodes, what)
+        search(searches, self.cells, self.plan, what)
         self.done += searches
 
 
