@@ -12,12 +12,13 @@ from benchmarks.plan import Plan
 from spry_app.client.device import device_of
 from spry_app.client.node import load_node
 from spry_app.config import RunConfig, Scalar
-from spry_app.data import label_names, load_corpus
+from spry_app.data import label_names
 from spry_app.errors import SpryError
 from spry_app.methods import Layout, StepMemory, get_method
 from spry_app.models import load_model
+from spry_app.server.held_out import held_out
 from spry_app.server.memory import MARGIN, step_memory
-from spry_app.tasks import encode_rows, get_task
+from spry_app.tasks import get_task
 
 EXACT, SLOPES = "checkpointed-backprop", "forward-mode"
 ROOM = 1.5
@@ -62,7 +63,8 @@ class Fleet:
 
 
 def budgets(mib: StepMemory, half: int) -> list[float]:
-    """Of the SIZES, from what the smallest steps take. half: the block at which the upper half of the units begins.
+    """Of a large, a middle and a small box, from what the smallest steps take. half: the block at which the upper half
+    of the units begins.
 
     The large one holds checkpointed backprop on all units, with room; that in the middle, as the server is sure, on the
     upper half of them, and really not on all; the small one on less than that, and forward mode on all: each in the
@@ -83,10 +85,9 @@ def smallest(plan: Plan, keys: Mapping[str, Scalar]) -> tuple[StepMemory, int]:
     task, labels = get_task(config.data), len(label_names(config.data))
     adapted = load_model(config.model, config.adapter, labels, config.seed, task=task)
     method = get_method(config).on(Layout(adapted.depths(), len(adapted.blocks)), config.client)
-    test = load_corpus(config.data).test
-    if test is None:
+    rows = held_out(config, adapted)
+    if rows is None:
         raise SpryError("Steps are predicted on rows of data.test, and there are none.")
-    rows = encode_rows(task, test, adapted.tokenizer, config.data, False)
     depths = sorted(adapted.depth(names) for unit, names in adapted.units.items() if unit != "head")
     return step_memory(adapted, rows, config, method), depths[len(depths) // 2]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from benchmarks.boxes import Box, Fleet
 from benchmarks.cells import Outcome
-from benchmarks.watched import Work
+from benchmarks.watched import Work, slowest_s
 
 
 @dataclass(frozen=True)
@@ -82,16 +82,9 @@ def _of_size(box: Box, places: range, runs: Sequence[Sequence[Work]]) -> OfSize:
         left_out=mean(lambda run: len({item["partition"] for item in refused[run] if not item["round"]})),
         refused=mean(lambda run: sum(item["round"] > 0 for item in refused[run])),
         peak_mib=max(measured, default=None),
-        round_s=mean(lambda run: _round_s(done[run])),
+        round_s=mean(lambda run: statistics.fmean(slowest_s(done[run]).values() or (0.0,))),
         dealt=f"{units} x {gradient}" if dealt else "",
     )
-
-
-def _round_s(done: Sequence[Work]) -> float:
-    slowest: dict[int, float] = {}
-    for item in done:
-        slowest[item["round"]] = max(item["box-s"], slowest.get(item["round"], 0.0))
-    return statistics.fmean(slowest.values()) if slowest else 0.0
 
 
 def table(found: dict[str, Shares], rows: int) -> tuple[list[str], list[tuple[str, ...]]]:

@@ -9,7 +9,7 @@ from flwr.app import Message
 
 from benchmarks.local_grid import LocalGrid
 from spry_app.config import Scalar
-from spry_app.protocol import TRAIN, refusal_reason, size_bytes
+from spry_app.protocol import INTRODUCE, TRAIN, Introduction, Task, TrainReply, refusal_reason, size_bytes
 
 Work = Mapping[str, Any]
 """Of one answer. "round": 0 before the first; "partition"; "refused": why, and then no more. Of an introduction "rows"
@@ -30,47 +30,48 @@ class WatchedGrid(LocalGrid):
         self._last = run_config["num-server-rounds"]
 
     def _deliver(self, message: Message) -> Message | None:
-        is_task = message.metadata.message_type == TRAIN
-        if is_task:
+        if message.metadata.message_type == TRAIN:
             task: Any = message.content["config"]
             task["measure"] = task["measure"] or task["round"] == self._last
         reply = super()._deliver(message)
         if reply is not None:
-            self.work.append(self._done(message, reply, is_task))
+            self.work.append(self._done(message, reply))
         return reply
 
-    def _done(self, message: Message, reply: Message, is_task: bool) -> Work:
+    def _done(self, message: Message, reply: Message) -> Work:
         node = self.contexts[message.metadata.dst_node_id].node_config
-        found: dict[str, Any] = {
-            "round": int(message.metadata.group_id or 0),
-            "partition": int(node["partition-id"]),
-        }
+        found = {"round": int(message.metadata.group_id or 0), "partition": int(node["partition-id"])}
         if reason := refusal_reason(reply):
             return found | {"refused": reason}
-        if not is_task:
-            said: Any = reply.content.get("introduction")
-            return found | ({"rows": said["examples"]} if said else {})
-        task: Any = message.content["config"]
-        metrics: Any = reply.content["metrics"]
+        if message.metadata.message_type == INTRODUCE:
+            return found | {"rows": Introduction.from_message(reply).examples}
+        if message.metadata.message_type != TRAIN:
+            return found
+        task, done = Task.from_message(message), TrainReply.from_message(reply, {})
         return found | {
-            "gradient": task["gradient"],
-            "units": len(task["units"]),
-            "forwards": metrics["forwards"],
-            "s": metrics["seconds"],
-            "box-s": metrics["forwards"] * float(node["forward-ms"]) / 1e3,
-            "examples": metrics["num-examples"],
-            "steps": metrics["steps"],
+            "gradient": task.gradient,
+            "units": len(task.units),
+            "forwards": done.forwards,
+            "s": done.seconds,
+            "box-s": done.forwards * float(node["forward-ms"]) / 1e3,
+            "examples": done.examples,
+            "steps": done.steps,
             "bytes": size_bytes(reply),
-            "peak-mib": metrics["peak-mib"],
+            "peak-mib": done.peak_mib,
         }
+
+
+def slowest_s(work: Sequence[Work]) -> dict[int, float]:
+    """Round -> seconds that the slowest of these clients computes, which is its passes at the speed that the node
+    states. The way there and back, and evaluation, take none.
+    """
+    found: dict[int, float] = {}
+    for done in work:
+        if "box-s" in done:
+            found[done["round"]] = max(done["box-s"], found.get(done["round"], 0.0))
+    return found
 
 
 def simulated(work: Sequence[Work], until: int) -> float:
-    """Seconds to the end of round `until`: each lasts as long as its slowest client computes, which is its passes at
-    the speed that the node states. The way there and back, and evaluation, take none.
-    """
-    slowest: dict[int, float] = {}
-    for done in work:
-        if "box-s" in done and done["round"] <= until:
-            slowest[done["round"]] = max(done["box-s"], slowest.get(done["round"], 0.0))
-    return sum(slowest.values())
+    """Seconds to the end of round `until`, each as long as its slowest client."""
+    return sum(seconds for round_, seconds in slowest_s(work).items() if round_ <= until)

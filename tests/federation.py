@@ -77,6 +77,16 @@ def make_rows(path: Path, rows: int, offset: int = 0) -> Path:
     return path
 
 
+def make_sst2(folder: Path, validation: int) -> Path:
+    """A checkpoint "tiny", and rows in the form of SST-2, of which those to evaluate on are not among the others."""
+    make_checkpoint(folder / "tiny")
+    (folder / "sst2").mkdir()
+    for name, rows, offset in (("train", 80, 0), ("validation", validation, 7)):
+        path = make_rows(folder / "sst2" / f"{name}.jsonl", rows, offset)
+        path.write_text(path.read_text().replace('"text"', '"sentence"').replace('"user"', f'"{name}"'))
+    return folder
+
+
 def greedy(partition: int, reply: Message) -> Message:
     """Partition 0 asks for a million times as much."""
     if partition == 0:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from federation import make_checkpoint, make_rows
+from federation import make_sst2
 
 from benchmarks import accuracy
 from benchmarks.ablations import ABLATIONS
@@ -25,14 +25,7 @@ from spry_app.methods import get_method
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint, and a data set in the form of SST-2 whose evaluation rows occur nowhere in its training file."""
-    folder = tmp_path_factory.mktemp("accuracy")
-    make_checkpoint(folder / "tiny")
-    (folder / "sst2").mkdir()
-    for name, rows, offset in (("train", 80, 0), ("validation", 16, 7)):
-        path = make_rows(folder / "sst2" / f"{name}.jsonl", rows, offset)
-        path.write_text(path.read_text().replace('"text"', '"sentence"').replace('"user"', f'"{name}"'))
-    return folder
+    return make_sst2(tmp_path_factory.mktemp("accuracy"), 16)
 
 
 @pytest.fixture

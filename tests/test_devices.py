@@ -103,14 +103,16 @@ def test_a_pass_is_timed_as_the_clock_has_it(node: Node, run_config: dict) -> No
         ({}, None),
         ({"intel-rapl:0": "28000000\n"}, 28.0),
         ({"intel-rapl:0": "95000000\n", "intel-rapl:1": "95000000\n", "intel-rapl:0:0": "0\n"}, 190.0),
+        ({"intel-rapl:0": "28000000\n", "intel-rapl:2": "60000000\n"}, 28.0),
         ({"intel-rapl:0": "0\n"}, None),
         ({"intel-rapl:0": "28000000\n", "intel-rapl:1": ""}, None),
     ],
 )
 def test_the_limit_of_a_processor_is_that_of_its_packages(packages: dict, limit: float | None, tmp_path: Path) -> None:
-    """As Linux lays them out; what lies within a package is a part of it."""
+    """As Linux lays them out; what lies within a package is a part of it, and a package of the platform (2)."""
     for name, text in packages.items():
         (tmp_path / name).mkdir()
+        (tmp_path / name / "name").write_text("psys\n" if name.endswith(":2") else f"package-{name[-1]}\n")
         (tmp_path / name / "constraint_0_power_limit_uw").write_text(text)
     assert cpu_limit_w(tmp_path) == limit
 

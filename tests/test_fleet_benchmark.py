@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from federation import make_checkpoint, make_rows
+from federation import make_sst2
 
 from benchmarks import fleet as benchmark
 from benchmarks.boxes import EXACT, SLOPES, Box, Fleet, budgets, smallest
@@ -25,14 +25,7 @@ from spry_app.methods import get_method
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint, and a data set in the form of SST-2."""
-    folder = tmp_path_factory.mktemp("fleet")
-    make_checkpoint(folder / "tiny")
-    (folder / "sst2").mkdir()
-    for name, rows, offset in (("train", 80, 0), ("validation", 24, 7)):
-        path = make_rows(folder / "sst2" / f"{name}.jsonl", rows, offset)
-        path.write_text(path.read_text().replace('"text"', '"sentence"'))
-    return folder
+    return make_sst2(tmp_path_factory.mktemp("fleet"), 24)
 
 
 @pytest.fixture(scope="module")

@@ -35,21 +35,22 @@ def power_of(device: torch.device) -> Power:
         battery = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
         if battery is not None and 0 <= battery.percent <= 100:
             percent, plugged = float(battery.percent), battery.power_plugged
-    return Power(percent, plugged, _gpu_limit_w(device) if device.type == "cuda" else cpu_limit_w(RAPL))
+    if device.type != "cuda":
+        return Power(percent, plugged, cpu_limit_w(RAPL))
+    return Power(percent, plugged, gpu_limit_w(f"GPU-{torch.cuda.get_device_properties(device).uuid}"))
 
 
 def cpu_limit_w(root: Path) -> float | None:
-    """Of all packages of the machine together; None where one does not tell."""
+    """Of all packages of the machine together; None where one does not tell. Beside them a laptop has a zone of the
+    whole platform ("psys"), of which they are a part.
+    """
     try:
-        packages = [folder for folder in sorted(root.glob("*-rapl:*")) if folder.name.count(":") == 1]
+        zones = [folder for folder in root.glob("*-rapl:*") if folder.name.count(":") == 1]
+        packages = [folder for folder in zones if (folder / "name").read_text().startswith("package")]
         microwatts = [int((folder / "constraint_0_power_limit_uw").read_text()) for folder in packages]
     except (OSError, ValueError):
         return None
     return _positive(sum(microwatts) / 1e6)
-
-
-def _gpu_limit_w(device: torch.device) -> float | None:
-    return gpu_limit_w(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
 
 
 def gpu_limit_w(uuid: str) -> float | None:

@@ -27,6 +27,7 @@ from spry_app.protocol.replies import (
 )
 from spry_app.protocol.task import (
     EVALUATE,
+    INTRODUCE,
     TRAIN,
     CatchUp,
     Task,
@@ -39,6 +40,7 @@ from spry_app.slope_log import LARGEST
 
 __all__ = [
     "EVALUATE",
+    "INTRODUCE",
     "LARGEST",
     "MOST_EXAMPLES",
     "TRAIN",
