@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import Tensor
 
+from spry_app.autodiff.bisection import Chain
 from spry_app.autodiff.directions import Seed, Tensors
 from spry_app.autodiff.gradients import Gradient
 from spry_app.autodiff.slopes import Halves, Objective, Part, forward_mode
@@ -35,25 +36,45 @@ def objective(
 def halves(
     adapted: AdaptedModel, rows: Encoded, indices: Sequence[int], seed: Seed, entering: Entering | None, cut: int
 ) -> Halves:
-    """`objective` in two: up to block `cut`, and from there (or from `entering`, where that lies above it) to the loss.
-
-    Each half draws dropout masks of its own, the same at every call.
-    """
-    inputs, targets = rows.inputs(indices), rows.aims(indices)
+    """`objective` in two: up to block `cut`, and from there (or `entering`, where that is above it) to the loss."""
+    inputs, targets, masks = rows.inputs(indices), rows.aims(indices), _masks(seed)
     depth = max(cut, entering.depth) if entering else cut
 
     def lower(params: Tensors) -> Tensor:
-        return adapted.prefix(inputs, cut, params, _masks(seed), entering).hidden
+        return adapted.prefix(inputs, cut, params, masks, entering).hidden
 
     def upper(params: Tensors, hidden: Tensor) -> Tensor:
-        model = adapted.bound(params, _masks(seed, 1), Entering(depth, hidden))
-        return rows.task.loss(model, inputs, targets)
+        return rows.task.loss(adapted.bound(params, masks, Entering(depth, hidden)), inputs, targets)
 
     return Halves(lower, upper)
 
 
-def _masks(seed: Seed, *half: int) -> int:
-    return hash((seed.run, seed.round, seed.client, seed.step, *half)) & (2**63 - 1)
+def chain(
+    adapted: AdaptedModel,
+    rows: Encoded,
+    indices: Sequence[int],
+    seed: Seed,
+    entering: Entering | None,
+    names: Collection[str],
+) -> Chain:
+    """`objective` block by block, from the lowest one with a tensor of these names."""
+    inputs, targets, masks = rows.inputs(indices), rows.aims(indices), _masks(seed)
+    first, last = adapted.depth(names), len(adapted.blocks)
+    start = adapted.prefix(inputs, first, {}, masks, entering).hidden if first else None
+
+    def through(params: Tensors, low: int, high: int, hidden: Tensor | None) -> Tensor:
+        here = None if hidden is None else Entering(low, hidden)
+        return adapted.until(inputs, high, params, masks, here).hidden
+
+    def end(params: Tensors, hidden: Tensor | None) -> Tensor:
+        here = None if hidden is None else Entering(last, hidden)
+        return rows.task.loss(adapted.bound(params, masks, here), inputs, targets)
+
+    return Chain(range(first, last), start, through, end)
+
+
+def _masks(seed: Seed) -> int:
+    return hash((seed.run, seed.round, seed.client, seed.step)) & (2**63 - 1)
 
 
 def batch_of(
@@ -75,6 +96,7 @@ def batch_of(
             objective(adapted, rows, part, seed, start),
             rows.weight(part) / total,
             functools.partial(halves, adapted, rows, part, seed, start),
+            functools.partial(chain, adapted, rows, part, seed, start),
         )
         for part, start in zip(slices, starts, strict=True)
     ]

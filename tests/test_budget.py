@@ -136,7 +136,9 @@ def measured(node: Node, config: RunConfig, slices: Slices) -> float:
     return peak_mib(lambda: step.estimate(rows, tensors, Seed(0, 0, 0, 0)), "cpu")
 
 
-@pytest.mark.parametrize("gradient", ["forward-mode", "central-difference", "backprop", "checkpointed-backprop"])
+@pytest.mark.parametrize(
+    "gradient", ["forward-mode", "central-difference", "backprop", "checkpointed-backprop", "bisected-backprop"]
+)
 def test_a_step_stays_within_what_its_node_states(folder: Path, gradient: str) -> None:
     settings = config(folder, **{"gradient": gradient, "method": "spry", "head-gradient": "forward"})
     whole = measured(node_of(settings), settings, Slices(32, 8))

@@ -28,9 +28,12 @@ EVERY = tuple(GRADIENTS)
 
 
 def step_mib(gradient: str, lowest: int) -> float:
-    """Forward mode takes 10 wherever it begins; an exact gradient 6 a block, or 12 without checkpoints."""
+    """Forward mode takes 10 wherever it begins; an exact gradient 6 a block, or 12 without checkpoints; bisected it is
+    beyond all of them.
+    """
     above = len(UNITS) - lowest
-    return {"checkpointed-backprop": 6.0 * above, "backprop": 12.0 * above}.get(gradient, 10.0)
+    exact = {"checkpointed-backprop": 6.0 * above, "backprop": 12.0 * above, "bisected-backprop": 1e3}
+    return exact.get(gradient, 10.0)
 
 
 def deal(*memory_mib: float, round_: int = 1, **changed: Any) -> Deal:
@@ -67,6 +70,28 @@ def test_strong_nodes_take_exact_gradients_and_weak_ones_slopes_on_upper_units()
         ("cdef", CHECKPOINTED, 1),
         ("f", CHECKPOINTED, 1),
         ("de", "", 0),
+    ]
+
+
+def test_of_exact_kinds_a_node_takes_the_one_that_reaches_furthest_and_then_the_fastest() -> None:
+    """Bisected, 15 on all six blocks: for 16 MiB, where checkpoints would reach two, and not for 40, which hold all six
+    with checkpoints; 72 hold them all. Who has said nothing keeps to checkpoints. 11 have their bands as ever.
+    """
+
+    def mib(kind: str, lowest: int) -> float:
+        return 15.0 if kind == "bisected-backprop" else step_mib(kind, lowest)
+
+    assert found(deal(72.0, 40.0, 16.0, 0.0, 11.0, step_mib=mib)) == [
+        (UNITS, "backprop", 1),
+        (UNITS, CHECKPOINTED, 1),
+        (UNITS, "bisected-backprop", 1),
+        (UNITS, CHECKPOINTED, 1),
+        ("def", "", 0),
+    ]
+    without = (EVERY, tuple(kind for kind in EVERY if kind != "bisected-backprop"))
+    assert found(deal(16.0, 16.0, step_mib=mib, gradients=without)) == [
+        (UNITS, "bisected-backprop", 1),
+        ("def", "", 0),
     ]
 
 
@@ -151,7 +176,8 @@ def test_a_fleet_of_unequal_boxes_trains_and_one_that_ran_out_is_given_less(run_
     nothing, 400 and 60, the second is out of memory in round 1: then it has 150, half of what it was asked.
     """
     federation = Federation(tmp_path, run_config)
-    federation.strategy.step_mib = lambda gradient, lowest: 100.0 * (3 - lowest) if gradient == CHECKPOINTED else 50.0
+    takes = {CHECKPOINTED: [300.0, 200.0, 100.0], "backprop": [900.0] * 3, "bisected-backprop": [900.0] * 3}
+    federation.strategy.step_mib = lambda gradient, lowest: takes.get(gradient, [50.0] * 3)[lowest]
     asked: list[tuple[int, int, int, str]] = []
 
     def watch(partition: int, reply: Message) -> Message:

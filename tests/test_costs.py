@@ -1,6 +1,7 @@
 """Forward-equivalents: by hand for every way to a gradient, and as clients report them."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from federation import Federation, tiny_run
 from torch.utils.flop_counter import FlopCounterMode
 
+from spry_app.autodiff.bisection import Chain
 from spry_app.autodiff.costs import Cost, suffix_above
 from spry_app.autodiff.directions import Seed, Tensors
 from spry_app.autodiff.gradients import GRADIENTS
@@ -24,6 +26,7 @@ HAND_DERIVED = {
     "one-sided-difference": [5, 2.5],  # one a direction and one more
     "backprop": [1 + 0.5, 0.5 + 0.5],  # a pass and the way back: with frozen weights, gradients of inputs alone
     "checkpointed-backprop": [1 + 2 * 0.5, 0.5 + 2 * 0.5],  # the upper half once more
+    "bisected-backprop": [1 + 4 * 0.5, 0.5 + 4 * 0.5],  # at the most: three times more, of 64 blocks
 }
 
 
@@ -43,20 +46,31 @@ def test_a_step_costs_what_was_derived_by_hand(name: str) -> None:
 def test_the_count_is_that_of_the_matrix_products_that_ran(name: str) -> None:
     """A stack of four frozen square matrices with a trained shift of the third's input, run under PyTorch's counter.
 
-    Checkpointing is the objective's own work, so it is not to be seen here.
+    Checkpointing is the objective's own work, so it is not to be seen here. Bisection keeps what enters block 2, passes
+    that again to reach the middle, and then block 3: 1 + (2 + 2) / 4 and the way back.
     """
     width = 16
     frozen = [torch.randn(width, width, generator=torch.Generator().manual_seed(k)) / 4 for k in range(4)]
 
+    def through(params: Tensors, low: int, high: int, hidden: torch.Tensor | None) -> torch.Tensor:
+        x = torch.ones(3, width) if hidden is None else hidden
+        for depth in range(low, high):
+            x = torch.tanh((x + params["shift"] if depth == 2 else x) @ frozen[depth])
+        return x
+
+    def end(params: Tensors, hidden: torch.Tensor | None) -> torch.Tensor:
+        assert hidden is not None
+        return hidden.square().mean()
+
+    def chain(names: Collection[str]) -> Chain:
+        return Chain(range(2, 4), through({}, 0, 2, None), through, end)
+
     def objective(params: Tensors) -> torch.Tensor:
-        x = torch.ones(3, width)
-        for depth, weight in enumerate(frozen):
-            x = torch.tanh((x + params["shift"] if depth == 2 else x) @ weight)
-        return x.square().mean()
+        return end(params, through(params, 0, 4, None))
 
     with FlopCounterMode(display=False) as counter:
         params = {"shift": torch.zeros(width)}
-        estimate = GRADIENTS[name].estimate([Part(objective, 1.0)], params, Seed(0, 0, 0, 0), 4, 1)
+        estimate = GRADIENTS[name].estimate([Part(objective, 1.0, chain=chain)], params, Seed(0, 0, 0, 0), 4, 1)
     forward = 4 * 2 * 3 * width * width
     assert counter.get_total_flops() / forward == estimate.cost.forwards(suffix_above(2, 4))
 
@@ -91,6 +105,8 @@ def test_a_pass_through_some_blocks_costs_those_of_them_that_are_not_kept() -> N
         ({"method": "fedspzo", "client.upper-directions": 3}, 0.5 * 2 * 4 + 0.5 * 2 * 4 * 3 + 1),
         ({"method": "fedavg"}, 2),
         ({"method": "fedavg", "gradient": "checkpointed-backprop"}, 3),
+        # The lower block once more, and again with the upper one: 1 + 1 of two blocks, one pass.
+        ({"method": "fedavg", "gradient": "bisected-backprop"}, 3),
         ({"method": "fedsgd"}, 2),
         # The head alone: one pass, and nothing goes back through the blocks.
         ({"method": "fedavg", "adapter.kind": "none", "client.prefix-cache-mib": 0}, 1),

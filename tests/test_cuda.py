@@ -74,7 +74,7 @@ def test_the_gradients_of_backprop_agree_with_slopes(tmp_path: Path) -> None:
     node = node_on("cuda", tmp_path)
     params = point(node)
     batch = batch_of(node.adapted, node.train, range(ROWS), 0, SEED)
-    for name in ("backprop", "checkpointed-backprop"):
+    for name in ("backprop", "checkpointed-backprop", "bisected-backprop"):
         gradient = GRADIENTS[name].estimate(batch, params, SEED, 1, 1).gradient
         for k, slope in enumerate(slopes(node)):
             v = direction(SEED, k, params)

@@ -159,8 +159,8 @@ def test_names_of_gradients_travel_and_nothing_else_in_their_place() -> None:
 def test_a_node_says_which_gradients_pass_its_self_test_and_refuses_one_it_does_not_know(run_config: dict) -> None:
     config = RunConfig.from_flower(run_config)
     node = load_node(config, {"partition-id": 0, "num-partitions": CLIENTS})
-    assert set(trusted(node, GRADIENTS["forward-mode"], 1)) == GRADIENTS.keys()
-    assert set(trusted(node, GRADIENTS["backprop"], 1)) == GRADIENTS.keys() - {"forward-mode"}
+    assert set(trusted(node, GRADIENTS["forward-mode"], 1)) == GRADIENTS.keys() - {"bisected-backprop"}
+    assert set(trusted(node, GRADIENTS["backprop"], 1)) == GRADIENTS.keys() - {"forward-mode", "bisected-backprop"}
     assert set(trusted(node, GRADIENTS["backprop"], 1, every=True)) == GRADIENTS.keys()
     task = Task(1, 0, node.start, ("head",), "", gradient="psychic")
     with pytest.raises(SpryError, match="'psychic'"):

@@ -79,7 +79,9 @@ def rows_through_the_lowest_block(folder: Path) -> Iterator[list[int]]:
     hook.remove()
 
 
-@pytest.mark.parametrize("gradient", ["forward-mode", "central-difference", "backprop", "checkpointed-backprop"])
+@pytest.mark.parametrize(
+    "gradient", ["forward-mode", "central-difference", "backprop", "checkpointed-backprop", "bisected-backprop"]
+)
 def test_training_is_the_same_and_each_row_passes_the_prefix_once(
     folder: Path, rows_through_the_lowest_block: list[int], gradient: str
 ) -> None:

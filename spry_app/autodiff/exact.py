@@ -1,10 +1,12 @@
 """Exact gradients for a few tensors near the loss, slopes for the rest. Which tensors those are is not decided here."""
 
+import dataclasses
 from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
 
+from spry_app.autodiff.bisection import Chain
 from spry_app.autodiff.costs import Cost
 from spry_app.autodiff.directions import Seed, Tensors, direction
 from spry_app.autodiff.duals import wide
@@ -114,12 +116,24 @@ def _fixing(function: Callable[[Tensors], Tensor], fixed: Tensors) -> Callable[[
 
 
 def _holding(batch: Batch, fixed: Tensors) -> Batch:
-    def hold(part: Part) -> Part:
-        def halves(cut: int) -> Halves:
-            assert part.halves is not None
-            whole = part.halves(cut)
-            return Halves(_fixing(whole.lower, fixed), lambda free, hidden: whole.upper(fixed | free, hidden))
+    return [_held(part, fixed) for part in batch]
 
-        return Part(_fixing(part.objective, fixed), part.weight, halves if part.halves else None)
 
-    return [hold(part) for part in batch]
+def _held(part: Part, fixed: Tensors) -> Part:
+    def halves(cut: int) -> Halves:
+        assert part.halves is not None
+        whole = part.halves(cut)
+        return Halves(_fixing(whole.lower, fixed), lambda free, hidden: whole.upper(fixed | free, hidden))
+
+    def chain(names: Collection[str]) -> Chain:
+        assert part.chain is not None
+        whole = part.chain(names)
+        return dataclasses.replace(
+            whole,
+            through=lambda free, *rest: whole.through(fixed | free, *rest),
+            end=lambda free, hidden: whole.end(fixed | free, hidden),
+        )
+
+    return Part(
+        _fixing(part.objective, fixed), part.weight, halves if part.halves else None, chain if part.chain else None
+    )

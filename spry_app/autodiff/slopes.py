@@ -3,7 +3,7 @@ what is done with the slopes.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,6 +11,7 @@ import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
+from spry_app.autodiff.bisection import Chain
 from spry_app.autodiff.directions import Tensors
 from spry_app.autodiff.duals import dual, split, wide
 from spry_app.autodiff.forward_rules import ForwardRules
@@ -35,13 +36,14 @@ class Halves:
 class Part:
     """One micro-batch; the weights of a batch sum to 1 (examples of the part / examples of the batch).
 
-    halves: the objective cut below the block of that number; None where it cannot be cut. Dropout in the halves has
-    masks of its own.
+    halves: the objective cut below the block of that number; None where it cannot be cut. chain: the same block by
+    block, from the lowest one with a tensor of these names.
     """
 
     objective: Objective
     weight: float
     halves: Callable[[int], Halves] | None = None
+    chain: Callable[[Collection[str]], Chain] | None = None
 
 
 Batch = Sequence[Part]

@@ -1,24 +1,28 @@
 """Can a gradient of this node's model be trusted? Asked before anything is trained on it; nothing is trained here."""
 
 import logging
+from collections.abc import Iterable
 from weakref import WeakKeyDictionary
 
 import torch
 from torch.nn import Module
 
-from spry_app.autodiff.directions import Seed, direction
+from spry_app.autodiff.directions import Seed, Tensors, direction
 from spry_app.autodiff.gradients import GRADIENTS, Gradient
 from spry_app.autodiff.self_check import SelfTestError, self_test, shared_pass_test
-from spry_app.autodiff.slopes import forward_mode, moved
+from spry_app.autodiff.slopes import Batch, forward_mode, moved
 from spry_app.client.node import Node
 from spry_app.errors import SpryError
 from spry_app.models import NoPrefixError
-from spry_app.objectives import objective
+from spry_app.objectives import batch_of, objective
 
 logger = logging.getLogger(__name__)
 
+_BISECTED = GRADIENTS["bisected-backprop"]
 _trusted: WeakKeyDictionary[Module, bool] = WeakKeyDictionary()
 """Models that passed, and whether directions that share a pass were tested too."""
+_bisected: WeakKeyDictionary[Module, str] = WeakKeyDictionary()
+"""Models that were passed block by block for a trial, and why that fails; empty where it does not."""
 _cuts: WeakKeyDictionary[Module, dict[int, str]] = WeakKeyDictionary()
 """Blocks at which a model was cut for a trial, and why that fails; empty where it does not."""
 
@@ -38,18 +42,22 @@ def check_gradient(node: Node, gradient: Gradient, at_once: int) -> None:
             f"The blocks of this {node.adapted.model.config.model_type} model are not known, so nothing of it could be "
             'forgotten and computed again: set gradient to "backprop" or "forward-mode".'
         )
+    if gradient is _BISECTED:
+        _check_bisected(node)
     if gradient.cut is not None:
         _check_cut(node, gradient.cut)
 
 
 def trusted(node: Node, own: Gradient, at_once: int, every: bool = False) -> tuple[str, ...]:
-    """Names of the gradients of the table that a task may have here. Forward mode is among them where it was tested,
-    which takes some passes: where it is the method's `own`, or `every` one may be asked for. Differences are what it is
-    tested against, and backpropagation is PyTorch's own: they would take memory, and are not tested.
+    """Names of the gradients of the table that a task may have here. Forward mode and bisected backpropagation are
+    among them where they were tested, which takes some passes: where one is the method's `own`, or `every` one may be
+    asked for. Differences are what they are tested against, and plain backpropagation is PyTorch's own: they would take
+    memory, and are not tested.
     """
     found = []
     for name, gradient in GRADIENTS.items():
-        if every or gradient.slopes is not forward_mode or own.slopes is forward_mode:
+        tried = gradient.slopes is forward_mode or gradient is _BISECTED
+        if every or not tried or gradient is own or (gradient.slopes and gradient.slopes is own.slopes):
             try:
                 check_gradient(node, gradient, at_once)
             except SpryError as error:
@@ -85,6 +93,39 @@ def _cut_problem(node: Node, cut: int) -> str:
         return str(error)
     close = torch.allclose(whole, joined, rtol=1e-3, atol=1e-3 * float(whole.abs().max()))
     return "" if close else "what happens above it depends on more than its hidden states"
+
+
+def _check_bisected(node: Node) -> None:
+    """That blocks passed one by one give the gradient of the whole model, by its differences; tried once a process."""
+    model = node.adapted.model
+    if model not in _bisected:
+        _bisected[model] = _bisection_problem(node)
+    if _bisected[model]:
+        raise SpryError(
+            f"This {model.config.model_type} model cannot be passed block by block ({_bisected[model]}): set gradient "
+            'to "checkpointed-backprop", "backprop" or "forward-mode".'
+        )
+
+
+def _bisection_problem(node: Node) -> str:
+    adapted, seed = node.adapted, Seed(run=0, round=0, client=0, step=0)
+    if not adapted.blocks:
+        return "its blocks are not known"
+    few = [0, 1][: len(node.train)]
+
+    def slopes(
+        batch: Batch, params: Tensors, directions: Iterable[Tensors], at_once: int = 1
+    ) -> tuple[float, list[float]]:
+        parts = batch_of(adapted, node.train, few, 0, seed)  # of what `batch` has as a whole
+        found = _BISECTED.estimate(parts, params, seed, 1, 1)
+        along = [sum(float((v[name] * found.gradient[name]).sum()) for name in v) for v in directions]
+        return found.loss, along
+
+    try:
+        self_test(objective(adapted, node.train, few, seed), adapted.tensors(), None, slopes=slopes)
+    except (NoPrefixError, SelfTestError) as error:
+        return str(error)
+    return ""
 
 
 def _check_forward_mode(node: Node, at_once: int) -> None:

@@ -40,7 +40,14 @@ class RunConfig(Section):
     strategy: str = ""
     """"package.module:Class" for a Flower Strategy of your own, made with the arguments of SpryStrategy."""
     gradient: Literal[
-        "", "auto", "forward-mode", "central-difference", "one-sided-difference", "backprop", "checkpointed-backprop"
+        "",
+        "auto",
+        "forward-mode",
+        "central-difference",
+        "one-sided-difference",
+        "backprop",
+        "checkpointed-backprop",
+        "bisected-backprop",
     ] = ""
     """How a client gets a gradient; empty for the method's own. Central differences are taken over a step of 1e-3,
     one-sided ones over 1e-4, whatever the method's own step. "auto" is for nodes that are alike: before the first round

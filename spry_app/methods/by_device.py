@@ -10,8 +10,8 @@ from spry_app.autodiff.gradients import GRADIENTS
 from spry_app.methods.assignment import Deal, Share, depth_split
 from spry_app.methods.pace import in_time
 
-EXACT = ("checkpointed-backprop", "backprop")
-"""The kinds that a strong node may take, the lighter one first."""
+EXACT = ("backprop", "checkpointed-backprop", "bisected-backprop")
+"""The exact kinds, the fastest first, which takes the most memory."""
 SLOPES = ("forward-mode", "central-difference")
 """Those of a weak one, where the method's own has no slopes."""
 LARGE = 0.5
@@ -22,17 +22,16 @@ def by_device(deal: Deal) -> list[Share]:
     """Exact gradients where memory holds them, slopes on a band of upper units elsewhere.
 
     A node is strong whose memory holds a step of an exact gradient on the upper half of the units or more: it takes it
-    on all that it reaches. The others take bands, as `depth_split` deals them, of what they reach; of the upper half
-    alone where strong nodes hold the rest. A band on which an exact gradient fits has one, else the method's own, made
-    of slopes, or one that takes less where memory holds none of its steps (two plain forward passes, no tangents). A
-    unit that is out of everyone's reach goes to the node with the most memory. A node that has stated no memory has
-    stated no limit. Those that are much slower than the others do less (`in_time`).
+    on all that it reaches, with the kind that reaches furthest. The others take bands, as `depth_split` deals them, of
+    what they reach; of the upper half alone where strong nodes hold the rest. A band on which an exact gradient fits
+    has one, else the method's own, made of slopes, or one that takes less where memory holds none of its steps (two
+    plain forward passes, no tangents). A unit that is out of everyone's reach goes to the node with the most memory. A
+    node that has stated no memory has stated no limit. Those that are much slower than the others do less (`in_time`).
     """
     shares: dict[int, Share] = {}
     weak = []
     for client in range(deal.clients):
-        kind = _first(EXACT, deal, client)
-        reach = _reach(deal, client, kind) if kind else ()
+        kind, reach = _exact(deal, client)
         if kind and deal.units and len(reach) >= LARGE * len(deal.units):
             shares[client] = _share(deal, reach, kind)
         else:
@@ -62,9 +61,8 @@ def _bands(deal: Deal, weak: list[int], held: set[str]) -> list[Share]:
     found = []
     for client, hand, reach in zip(weak, dealt, reaches, strict=True):
         units = [unit for unit in hand if unit in reach] or list(deal.units[-1:])
-        exact = _first(EXACT, deal, client)
-        fits = exact and set(units) <= set(_reach(deal, client, exact))
-        found.append(_share(deal, units, exact if fits else _slopes(deal, client)))
+        exact, _ = _exact(deal, client, units)
+        found.append(_share(deal, units, exact or _slopes(deal, client)))
     return found
 
 
@@ -82,6 +80,19 @@ def _share(deal: Deal, units: Iterable[str], kind: str) -> Share:
     held = set(units)
     own = "" if kind == deal.gradient else kind
     return Share([unit for unit in deal.units if unit in held], own, 0 if GRADIENTS[kind].slopes else 1)
+
+
+def _exact(deal: Deal, client: int, units: Collection[str] = ()) -> tuple[str, tuple[str, ...]]:
+    """The exact kind that the client is to take on `units`, or on the most that it can reach, and what it reaches with
+    it: the fastest of several; "" where there is none. Who has stated no memory is not asked for the fastest of all.
+    """
+    known = [kind for kind in EXACT if _first([kind], deal, client)]
+    if not deal.memory_mib[client]:
+        known = [kind for kind in known if kind != EXACT[0]] or known
+    reaches = {kind: _reach(deal, client, kind) for kind in known}
+    able = [kind for kind in known if set(units) <= set(reaches[kind])]
+    best = max(able, key=lambda kind: 0 if units else len(reaches[kind]), default="")
+    return best, reaches.get(best, ())
 
 
 def _first(kinds: Iterable[str], deal: Deal, client: int) -> str:

@@ -20,7 +20,7 @@ from spry_app.models.blocks import Entering, NoPrefixError, depth_of, run_until,
 from spry_app.models.bound import Bound
 from spry_app.models.pooling import averaging_block
 from spry_app.models.prompts import has_prompt
-from spry_app.models.randomness import seeded
+from spry_app.models.randomness import seeded_by_block
 from spry_app.models.subspace import Subspace
 from spry_app.models.units import HEAD, Units
 from spry_app.models.vocabulary import before_output_layer, logits_of
@@ -155,11 +155,22 @@ class AdaptedModel:
         entering: Entering | None = None,
     ) -> Entering:
         """What enters block `depth`, or a block above it where `entering` is; see `logits`. Raises NoPrefixError."""
+        return self.until(inputs, depth, params or {}, dropout, entering)
+
+    def until(
+        self,
+        inputs: Mapping[str, Tensor],
+        depth: int,
+        params: Mapping[str, Tensor],
+        dropout: int | None = None,
+        entering: Entering | None = None,
+    ) -> Entering:
+        """The same, through which gradients pass."""
         if has_prompt(self.model):
             raise NoPrefixError("virtual tokens stand before a text")
         if entering is not None and entering.depth >= depth:
             return entering
-        placed, batch = self._placed(params or {}), self._batch(inputs)
+        placed, batch = self._placed(params), self._batch(inputs)
 
         def run() -> None:
             functional_call(self.model, placed, kwargs=batch, tie_weights=False)
@@ -211,7 +222,7 @@ class AdaptedModel:
         for layer in layers:
             layer.train()
         try:
-            with seeded(seed, self.device):
+            with seeded_by_block(seed, self.device):
                 yield
         finally:
             for layer in layers:

@@ -17,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from spry_app.autodiff.checkpointing import checkpointing, is_checkpointing
 from spry_app.errors import SpryError
+from spry_app.models.randomness import at_block
 
 
 @dataclass(frozen=True)
@@ -113,10 +114,12 @@ def _forward(block: nn.Module, forward: Callable[..., Any], index: int, *args: A
         now.turn(index)
         if now.start is not None and index < now.start.depth:
             last = index == now.start.depth - 1
+            at_block(index + 1)
             return now.start.hidden if last else _hidden(args, kwargs)
-    if is_checkpointing() and torch.is_grad_enabled():
-        return _forgetting(block, args, kwargs)
-    out = forward(*args, **kwargs)
+    at_block(index)
+    forgetting = is_checkpointing() and torch.is_grad_enabled()
+    out = _forgetting(block, args, kwargs) if forgetting else forward(*args, **kwargs)
+    at_block(index + 1)
     if now is not None and now.stop is not None:
         if not isinstance(out, Tensor):
             raise NoPrefixError(f"block {index} returns a {type(out).__name__}, not its hidden states alone")

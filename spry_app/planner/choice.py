@@ -23,7 +23,7 @@ from spry_app.server.choice import Choice
 def advise_all(config: RunConfig, memory_mib: Sequence[float], gradients: Sequence[tuple[str, ...]]) -> Choice:
     """As server.choice.Advise, for nodes that are like this machine but for memory: on a GPU where this one has one."""
     limit, own = _limit_mib(memory_mib), get_method(config).gradient.name
-    names = dict.fromkeys((*reversed(EXACT), own, *SLOPES))
+    names = dict.fromkeys((*EXACT, own, *SLOPES))
     able = [name for name in names if all(name in known for known in gradients)]
     rows = _rows(config, limit, len(memory_mib), able)
     if not rows:
@@ -62,7 +62,7 @@ def _rows(config: RunConfig, limit_mib: float, nodes: int, able: Sequence[str]) 
     rows = list[Row]()
     for row in rows_of(desk, found):
         rows.append(_of_step(row))
-        if row.fits and row.gradient == EXACT[-1]:
+        if row.fits and row.gradient == EXACT[0]:
             break
     return rows
 

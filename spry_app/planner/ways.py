@@ -16,6 +16,7 @@ AS_SET = "as set"
 GRADIENTS: dict[str, tuple[str, bool]] = {
     "backprop": ("backprop", False),
     "checkpointed backprop": ("checkpointed-backprop", False),
+    "bisected backprop": ("bisected-backprop", False),
     "forward mode": ("forward-mode", False),
     "forward mode, K at once": ("forward-mode", True),
     "central difference": ("central-difference", False),
