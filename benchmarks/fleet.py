@@ -36,13 +36,14 @@ ROWS: dict[str, Variant] = {
     "SPRY, every box": Variant(SPRY),
     "zeroth order, every box": Variant({**SPRY, "gradient": "central-difference"}, like=SPRY),
     "backprop, boxes that hold it": Variant(BACKPROP, longer=3),
+    "bisected, boxes that hold it": Variant({**BACKPROP, "gradient": "bisected-backprop"}, longer=2),
     "mixed": Variant(MIXED),
     "mixed, weighted by examples": Variant({**MIXED, "server.weighting": "examples"}, like=MIXED),
 }
 """All have an exact head and the server's Yogi. Central differences measure the slopes of forward mode, and have its
 step sizes; a mixed fleet has the same however it is weighted; all are searched on these boxes. Checkpointed backprop on
 all units is refused by the boxes that do not hold it, which leaves them out; its rounds are short, so it has three
-times as many; a head's, twice.
+times as many; bisected, which the boxes in the middle hold too, twice, as has the head alone.
 """
 SHARED: Keys = {
     TARGETS: QUERY_VALUE,

@@ -51,10 +51,15 @@ def work(shares: list[Share]) -> list[tuple[int, int]]:
 
 def passes(share: Share, directions: int) -> float:
     """Of an example in a step, counted anew: each of the passes that directions share, and a tangent a direction above
-    the lowest unit; or a pass and two more above it, of which one goes back.
+    the lowest unit; or a pass, the way back, and what is computed again: nothing, once, or (of 64 blocks) three times.
     """
     above = 1 - UNITS.index(min(share)) / 6
-    return 1 + 2 * above if share.gradient else math.ceil(directions / min(directions, 4)) + directions * above
+    back = {"backprop": 1, "checkpointed-backprop": 2, "bisected-backprop": 4}
+    return (
+        1 + back[share.gradient] * above
+        if share.gradient
+        else math.ceil(directions / min(directions, 4)) + directions * above
+    )
 
 
 def times(dealt: Deal, shares: list[Share]) -> list[float]:
@@ -119,7 +124,12 @@ def test_nobody_ends_long_after_the_median_unless_it_does_the_least_there_is(
     """Whoever has which units, it is as without times; and nothing is more than is set."""
 
     def step_mib(gradient: str, lowest: int) -> float:
-        return 6.0 * (6 - lowest) if gradient == "checkpointed-backprop" else 10.0
+        exact = {
+            "backprop": 12.0 * (6 - lowest),
+            "checkpointed-backprop": 6.0 * (6 - lowest),
+            "bisected-backprop": 12.0,
+        }
+        return exact.get(gradient, 10.0)
 
     memory, speeds = zip(*machines, strict=True)
     kinds = {"gradients": (tuple(GRADIENTS),) * len(machines), "step_mib": step_mib, "round": round_}
