@@ -9,6 +9,9 @@ DEMO   := --run-config 'preset="spry-core" schedule="linear"'
 ARGS   ?=
 
 BIN := .venv/bin
+# Files of tests beside each other, on all cores but no more than four. The slow ones, which measure and break real
+# processes, come one by one.
+BESIDE := -n logical --maxprocesses 4 --dist loadfile
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .PHONY: help install run test test-deploy check bench format clean
@@ -30,7 +33,7 @@ run: .venv/installed
 	@$(BIN)/spry run $(or $(ARGS),$(DEMO))
 
 test: .venv/installed
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(BESIDE)
 
 test-deploy: .venv/installed
 	@$(BIN)/python -m pytest -m "" tests/test_deployment.py tests/test_secured_deployment.py
@@ -40,7 +43,8 @@ check: .venv/installed
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
-	@$(BIN)/python -m pytest -m ""
+	@$(BIN)/python -m pytest $(BESIDE)
+	@$(BIN)/python -m pytest -m slow
 
 bench: .venv/installed
 	@$(BIN)/python -m benchmarks.step $(ARGS)

@@ -10,9 +10,9 @@ from benchmarks.measure import facts, memory
 from benchmarks.models import SHAPES
 from benchmarks.step import print_answer, print_table, settings_of, settings_parser
 from benchmarks.targets import Verdict
-from benchmarks.variants import CHECKPOINTED, INFERENCE, OURS, Settings
+from benchmarks.variants import BISECTED, CHECKPOINTED, INFERENCE, OURS, Settings
 
-NAMES = (INFERENCE, CHECKPOINTED, OURS)
+NAMES = (INFERENCE, CHECKPOINTED, BISECTED, OURS)
 QUESTION = "How does the memory of activations grow with the sequence and with the model's depth?"
 BOUND = 1.8
 """Checkpointed backprop's activations over ours, at the same micro-batch."""

@@ -1,6 +1,7 @@
 """One step, in all the ways that are compared. Neither time nor memory is read here."""
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.models import LABELS, SHAPES, build
+from spry_app.autodiff.bisection import Chain
 from spry_app.autodiff.directions import Seed, Tensors, direction
 from spry_app.autodiff.gradients import GRADIENTS
 from spry_app.autodiff.slopes import Batch, Objective, Part
@@ -83,13 +85,29 @@ class Work:
         """The step, ready to be measured. micro_batch 0: the batch as a whole."""
         size = micro_batch or len(self.tokens)
         slices = zip(torch.split(self.tokens, size), torch.split(self.labels, size), strict=True)
-        batch = [Part(self._objective(variant, *part), len(part[0]) / len(self.tokens)) for part in slices]
+        whole = len(self.tokens)
+        batch = [
+            Part(self._objective(variant, *part), len(part[0]) / whole, chain=functools.partial(self._chain, *part))
+            for part in slices
+        ]
 
         def step() -> object:
             with workspace(self.workspace_bytes):
                 return variant.step(batch, self.params)
 
         return step
+
+    def _chain(self, tokens: Tensor, labels: Tensor, names: Collection[str]) -> Chain:
+        inputs, adapted = {"input_ids": tokens}, self.adapted
+        first, last = adapted.depth(names), len(adapted.blocks)
+
+        def through(params: Tensors, low: int, high: int, hidden: Tensor | None) -> Tensor:
+            return adapted.until(inputs, high, params, entering=_entering(low, hidden)).hidden
+
+        def end(params: Tensors, hidden: Tensor | None) -> Tensor:
+            return self.loss(adapted, params, inputs, labels, _entering(last, hidden))
+
+        return Chain(range(first, last), adapted.prefix(inputs, first).hidden if first else None, through, end)
 
     def _objective(self, variant: Variant, tokens: Tensor, labels: Tensor) -> Objective:
         inputs, adapted = {"input_ids": tokens}, self.adapted
@@ -100,6 +118,10 @@ class Work:
                 return self.loss(adapted, params, inputs, labels, entering)
 
         return loss_of
+
+
+def _entering(depth: int, hidden: Tensor | None) -> Entering | None:
+    return None if hidden is None else Entering(depth, hidden)
 
 
 def prepare(settings: Settings) -> Work:
@@ -160,7 +182,8 @@ def _eager_attention(adapted: AdaptedModel, on: bool) -> Iterator[None]:
         config._attn_implementation = before
 
 
-INFERENCE, BACKPROP, CHECKPOINTED = "inference", "backprop", "backprop + checkpointing"
+INFERENCE, BACKPROP = "inference", "backprop"
+CHECKPOINTED, BISECTED = "backprop + checkpointing", "backprop, bisected"
 PUBLISHED, OURS, KEPT = "forward mode, as published", "forward mode, ours", "ours, K at once, prefix kept"
 
 
@@ -170,6 +193,7 @@ def variants(settings: Settings) -> dict[str, Variant]:
         INFERENCE: Variant(_inference),
         BACKPROP: Variant(gradient("backprop")),
         CHECKPOINTED: Variant(gradient("checkpointed-backprop")),
+        BISECTED: Variant(gradient("bisected-backprop")),
         "central difference": Variant(gradient("central-difference")),
         PUBLISHED: Variant(_published, eager=True),
         OURS: Variant(gradient("forward-mode")),
