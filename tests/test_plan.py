@@ -32,7 +32,7 @@ from spry_app.models import load_model
 from spry_app.models.skeleton import weights_bytes
 from spry_app.planner.advice import advise
 from spry_app.planner.blank import model_of, node_of
-from spry_app.planner.plan import _furthest
+from spry_app.planner.plan import Asked, _furthest, plan
 from spry_app.planner.predict import Predictor
 from spry_app.planner.rows import Row
 from spry_app.planner.ways import Way, ways
@@ -44,8 +44,10 @@ LENGTH, BATCH = 48, 8
 WIDER = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4}
 GRADIENTS = ("backprop", "checkpointed backprop", "forward mode", "central difference")
 """Names of rows; the others differ from these in the number of passes alone, or in that of directions."""
-TOGETHER = "forward mode, K at once"
+TOGETHER, BISECTED = "forward mode, K at once", "bisected backprop"
 FAMILIES = [family for family in ALL_MODELS if family in EXAMPLES]
+WHOLE = ("albert", "deberta", "deberta-v2", "deberta-v3")
+"""Families whose blocks cannot be passed one by one."""
 
 
 def config(folder: str, **keys: Any) -> RunConfig:
@@ -111,10 +113,23 @@ def test_a_forward_mode_step_is_predicted_to_a_tenth(tmp_path: Path, family: str
     compare(tmp_path, family, ("forward mode",))
 
 
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_a_bisected_step_is_predicted_to_a_tenth(tmp_path: Path, family: str) -> None:
+    compare(tmp_path, family, (BISECTED,))
+
+
+def test_a_model_that_cannot_be_passed_block_by_block_has_a_row_that_says_so(tmp_path: Path) -> None:
+    settings = config(wide(tmp_path, "albert"))
+    found = plan(settings, Asked(memory_mib=64.0, forward_ms=1.0, nodes=2, hands=("all",), limits=False))
+    told = {row.gradient: row.error for row in found.rows if row.hand == "all"}
+    assert told["bisected backprop"] == "block 0 ran where block 1 was due"
+    assert not any(error for name, error in told.items() if name != BISECTED)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_predicted_to_a_tenth(tmp_path: Path, family: str) -> None:
-    compare(tmp_path, family, (*GRADIENTS, TOGETHER))
+    compare(tmp_path, family, (*GRADIENTS, TOGETHER, *(() if family in WHOLE else (BISECTED,))))
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
@@ -133,7 +148,7 @@ def test_the_smallest_steps_by_which_units_are_dealt_out_are_predicted_to_a_tent
     adapted = load_model(settings.model, settings.adapter, 3, 0, task=task)
     node, depths = node_of(adapted, task, BATCH, LENGTH), adapted.depths()
     predicted = step_memory(adapted, node.train, settings, method)
-    for kind in ("backprop", "checkpointed-backprop", "forward-mode", "central-difference"):
+    for kind in ("backprop", "checkpointed-backprop", "bisected-backprop", "forward-mode", "central-difference"):
         own = method.taking(kind)
         for lowest in (0, 1, 2):
             tensors = {name: value for name, value in adapted.tensors().items() if depths[name] >= lowest}

@@ -56,10 +56,11 @@ class RunConfig(Section):
     resumed."""
     assign: Literal["", "every-unit", "cyclic", "by-depth", "by-device"] = ""
     """Which client trains which units: all of them, dealt like cards (SPRY), or bands of neighbours with the upper ones
-    for the nodes that state the least memory; or "by-device", an exact gradient (the fastest kind that fits) to the nodes
-    whose memory (their `memory-budget-mib`, else `client.memory-budget-mib`) holds one on half of the units or more,
-    slopes on a band of upper units to the others, less to one that was out of memory, and fewer local steps to one that
-    is much slower than the median; goes well with server.weighting="precision". Empty for the method's own."""
+    for the nodes that state the least memory; or "by-device", an exact gradient (the fastest kind that reaches the most
+    units) to the nodes whose memory (their `memory-budget-mib`, else `client.memory-budget-mib`) holds one on half of
+    the units or more, slopes on a band of upper units to the others, less to one that was out of memory, and fewer
+    local steps to one that is much slower than the median; goes well with server.weighting="precision". Empty for the
+    method's own."""
     directions: Literal["", "gaussian", "orthogonal"] = ""
     """Of slopes: independent Gaussian ones, whose estimate has the relative squared error (d + 1) / K for d perturbed
     numbers and `client.directions` K; or orthogonal ones, with (d - K) / K: exact at K = d. Clients that hold the same

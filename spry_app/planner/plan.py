@@ -14,6 +14,7 @@ from spry_app.client.slicing import AUTO_PART, rows_as_set
 from spry_app.config import RunConfig, Scalar
 from spry_app.errors import SpryError
 from spry_app.methods.replay import local_steps
+from spry_app.models import NoPrefixError
 from spry_app.models.checkpoint import find_device
 from spry_app.models.room import free_bytes
 from spry_app.planner.advice import Advice, advise
@@ -107,7 +108,7 @@ def rows_of(desk: Desk, found: Iterator[Way], progress: Progress = lambda _: Non
         progress(f"{way.name}, {way.hand} units")
         try:
             yield _row(desk, way, desk.asked.limits and way.hand == own)
-        except (SpryError, NotImplementedError) as error:
+        except (SpryError, NotImplementedError, NoPrefixError) as error:
             yield Row(gradient=way.name, hand=way.hand, keys=way.keys, error=str(error))
 
 
