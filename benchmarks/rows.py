@@ -1,13 +1,15 @@
-"""Which public data sets the accuracy benchmarks know, and how their rows are set apart for choosing step sizes. No
-row is part of the repository.
+"""Which data sets the accuracy benchmarks know, and how their rows are set apart for choosing step sizes. No row of a
+public one is part of the repository.
 """
 
+import json
 import os
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from spry_app.config import Scalar
+from spry_app.data.household import INTENTS, utterances
 from spry_app.errors import SpryError
 
 DATA_DIR = os.environ.get("SPRY_DATA", str(Path(__file__).parent.parent.parent / "shared" / "data"))
@@ -24,7 +26,10 @@ class DataSet:
     test: str = "validation.jsonl"
 
 
+HOUSEHOLD = "household"
+"""The embedded one, which needs no folder."""
 DATA_SETS = {
+    HOUSEHOLD: DataSet("text", len(INTENTS), 32, test="test.jsonl"),
     "sst2": DataSet("sentence", 2, 32),
     "ag_news": DataSet("text", 4, 64, test="test.jsonl"),
     "rte": DataSet("premise", 2, 128, "hypothesis"),
@@ -54,6 +59,7 @@ def split(name: str, data_dir: Path, folder: Path, train_rows: int, choice_rows:
     """
     if name not in DATA_SETS:
         raise SpryError(f"--data has {name!r}; it may have {', '.join(DATA_SETS)}.")
+    data_dir = _embedded(folder) if name == HOUSEHOLD else data_dir
     source, test = data_dir / name / "train.jsonl", data_dir / name / DATA_SETS[name].test
     absent = [str(path) for path in (source, test) if not path.is_file()]
     if absent:
@@ -71,6 +77,15 @@ def split(name: str, data_dir: Path, folder: Path, train_rows: int, choice_rows:
     for path, rows in ((found.train, kept), (found.choice, lines[:choice_rows])):
         path.write_text("\n".join(rows) + "\n")
     return found
+
+
+def _embedded(folder: Path) -> Path:
+    """The folder, with the embedded data set in it as others lie in theirs."""
+    (folder / HOUSEHOLD).mkdir(parents=True, exist_ok=True)
+    for name, rows in zip(("train", "test"), utterances(), strict=True):
+        lines = (json.dumps({"text": row.text, "label": row.label}) for row in rows)
+        (folder / HOUSEHOLD / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
 
 
 def with_fewer_tests(rows: Split, folder: Path, name: str, count: int, seed: int = 0) -> Split:

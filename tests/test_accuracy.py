@@ -15,10 +15,12 @@ from benchmarks.ablations import ABLATIONS
 from benchmarks.cells import Cell, Cells, Outcome, measure
 from benchmarks.curves import Figure, at, budget, figure, taken
 from benchmarks.plan import Plan
-from benchmarks.rows import split
+from benchmarks.rows import data_keys, split
 from benchmarks.search import Search, Steps
 from benchmarks.summary import summarise
 from spry_app.config import RunConfig
+from spry_app.data import load_corpus
+from spry_app.data.household import utterances
 from spry_app.errors import SpryError
 from spry_app.methods import get_method
 
@@ -51,6 +53,18 @@ def test_rows_for_step_sizes_come_from_the_training_file_and_are_not_trained_on(
     whole = rows_of(folder / "sst2" / "train.jsonl")
     assert all(rows.count(row) <= whole.count(row) for rows in (train + choice,) for row in rows)
     assert plan.split.test == folder / "sst2" / "validation.jsonl"
+
+
+def test_the_embedded_data_set_is_known_like_any_other_and_needs_no_folder(tmp_path: Path) -> None:
+    rows = split("household", tmp_path / "absent", tmp_path / "rows", train_rows=48, choice_rows=16)
+    train, test = utterances()
+    assert [(row["text"], row["label"]) for row in map(json.loads, rows_of(rows.test))] == [
+        (row.text, row.label) for row in test
+    ]
+    known = {(row.text, row.label) for row in train}
+    assert {(row["text"], row["label"]) for row in map(json.loads, rows_of(rows.train, rows.choice))} <= known
+    keys = RunConfig.defaults() | data_keys("household", rows.train, rows.test)
+    assert len(load_corpus(RunConfig.from_flower(keys).data).train) == 48
 
 
 @pytest.mark.slow
