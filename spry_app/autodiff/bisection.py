@@ -3,7 +3,7 @@
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -30,8 +30,8 @@ class Chain:
 class WayBack:
     """From the loss of a chain to its tensors, of whose gradients `weight` times as much is added to `total`.
 
-    Of n blocks the hidden states before at most log2(n) + 1 are in memory, and each of about n / 2 * log2(n) blocks is
-    passed once more than where all are kept; `again` counts them.
+    Of n blocks the hidden states before at most log2(n) + 1 are in memory at once, and about n / 2 * log2(n) blocks are
+    passed that would not be if all were kept; `again` counts them.
     """
 
     chain: Chain
@@ -39,10 +39,10 @@ class WayBack:
     total: Tensors
     weight: float
     again: int = 0
+    _loss: Tensor = field(init=False, repr=False)
 
     def loss(self) -> Tensor:
-        """Goes all the way."""
-        self._loss = torch.zeros(())
+        """Goes all the way, and tells where it began."""
         blocks = self.chain.blocks
         self._back(blocks.start, blocks.stop + 1, self.chain.start, None)
         return self._loss
