@@ -70,7 +70,11 @@ def test_products_and_sums_equal_pytorch_whatever_moves(
         assert_like_pytorch(lambda **named: function(*named.values()), tensors, moving)
 
 
-@pytest.mark.parametrize("of", [lambda x: 2 * x, lambda x: x - 1, lambda x: 1 + x, lambda x: x / 3], ids=str)
+@pytest.mark.parametrize(
+    "of",
+    [lambda x: 2 * x, lambda x: x - 1, lambda x: 1 + x, lambda x: x / 3],
+    ids=["2 * x", "x - 1", "1 + x", "x / 3"],
+)
 def test_numbers_are_no_operands_with_tangents(of: Callable[[Tensor], Tensor]) -> None:
     assert_like_pytorch(of, {"x": noise(2, 3)}, ["x"])
 

@@ -141,7 +141,7 @@ def test_a_tensor_the_loss_ignores_has_a_zero_gradient() -> None:
     assert estimate.gradient["b"].tolist() == [0.0, 0.0, 0.0]
 
 
-@pytest.mark.parametrize("name", GRADIENTS.keys() - {"bisected-backprop"})  # which has a file of its own
+@pytest.mark.parametrize("name", [name for name in GRADIENTS if name != "bisected-backprop"])  # it has its own file
 def test_every_way_gives_fp32_gradients_by_name_on_the_cpu(name: str) -> None:
     model = tiny_model("bert", torch.bfloat16)
     batch = tiny_batch(2, 4)

@@ -35,7 +35,9 @@ def _products() -> Iterator[list[str]]:
         yield seen
 
 
-@pytest.mark.parametrize(("moving", "products"), [({"input"}, 2), ({"weight"}, 2), ({"input", "weight"}, 3)], ids=str)
+@pytest.mark.parametrize(
+    ("moving", "products"), [({"input"}, 2), ({"weight"}, 2), ({"input", "weight"}, 3)], ids=["input", "weight", "both"]
+)
 def test_a_linear_costs_one_product_and_one_for_each_tangent(moving: set[str], products: int) -> None:
     tensors = {"input": noise(2, 3, 4), "weight": noise(5, 4)}
     with _products() as seen:
