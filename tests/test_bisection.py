@@ -184,6 +184,22 @@ def test_a_model_that_leaps_over_its_blocks_is_refused(tmp_path: Path) -> None:
     trust._bisected.clear()
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [{"model.dtype": "bfloat16"}, {"model.quantization": "nf4"}, {"model.quantization": "nf4", "adapter.dropout": 0.3}],
+    ids=str,
+)
+def test_it_is_trusted_in_coarse_formats_too(tmp_path: Path, keys: dict[str, str]) -> None:
+    """Whose rounding is no fault; and it is backprop's there too."""
+    node = node_of(shallow(tmp_path, **keys))
+    trust.check_gradient(node, GRADIENTS[BISECTED], at_once=1)
+    (part,) = batch_of(node.adapted, node.train, range(4), 0, SEED)
+    tensors = {name: value + 0.05 for name, value in node.adapted.tensors().items()}
+    both = [estimate(name, part, tensors).gradient for name in ("backprop", BISECTED)]
+    one, other = (torch.cat([found[name].flatten() for name in tensors]) for found in both)
+    assert (one - other).norm() <= (0.05 if "model.dtype" in keys else 1e-5) * one.norm()
+
+
 @pytest.mark.parametrize(("kind", "why"), [("prompt", "virtual tokens"), ("prefix", "virtual tokens")])
 def test_virtual_tokens_are_refused(tmp_path: Path, kind: str, why: str) -> None:
     node = node_of(shallow(tmp_path, **{"adapter.kind": kind}))

@@ -35,13 +35,44 @@ class _Reference:
     error: float
 
 
+@dataclass(frozen=True)
+class Disagreement:
+    """A slope that is none of the objective at `point`, along `probe`. slope: None where it is missing."""
+
+    kind: str
+    slope: float | None
+    reference: _Reference
+    point: Tensors
+    probe: Tensors
+
+    def __str__(self) -> str:
+        told = "missing" if self.slope is None else f"{self.slope:.6g}"
+        return (
+            f"the slope along {self.kind!r} is {told}, a central difference gives {self.reference.slope:.6g} "
+            f"(+- {self.reference.error:.2g})"
+        )
+
+
 def self_test(
     objective: Objective, params: Tensors, module: nn.Module | None, seed: int = 0, slopes: SlopeRule = forward_mode
 ) -> None:
-    """Compare slopes with central differences, one direction for each kind of tensor (layers counted as one).
+    """Raises SelfTestError where slopes disagree with central differences. `module` is what `objective` runs, for its
+    number formats and to name the one at fault.
+    """
+    found = disagreement(objective, params, module, seed, slopes)
+    if found is not None:
+        eps = _coarsest_eps(params, module)
+        raise SelfTestError(
+            f"{found}. {find_culprit(objective, found.point, found.probe, module, slopes, eps)}"
+            ' Or choose gradient = "central-difference" or "backprop", which need no tangents.'
+        )
 
-    A few small passes per kind; give it two or three short examples. `module` is what `objective` runs, for its number
-    formats and to name the one at fault. Raises SelfTestError.
+
+def disagreement(
+    objective: Objective, params: Tensors, module: nn.Module | None, seed: int = 0, slopes: SlopeRule = forward_mode
+) -> Disagreement | None:
+    """The first slope that disagrees with central differences, one direction for each kind of tensor (layers counted as
+    one); None for none. A few small passes per kind; give it two or three short examples.
     """
     eps = _coarsest_eps(params, module)
     # In fp32 smooth models agreed to 1e-3 where rounding let them; a half format rounds the jvp itself by some percent.
@@ -56,12 +87,8 @@ def self_test(
             if _agree(slope, reference, tolerance):
                 break
         else:
-            raise SelfTestError(
-                f"the slope along {kind!r} is {'missing' if slope is None else f'{slope:.6g}'}, a central difference "
-                f"gives {reference.slope:.6g} (+- {reference.error:.2g}). "
-                + find_culprit(objective, point, probe, module, slopes, eps)
-                + ' Or choose gradient = "central-difference" or "backprop", which need no tangents.'
-            )
+            return Disagreement(kind, slope, reference, point, probe)
+    return None
 
 
 def shared_pass_test(objective: Objective, params: Tensors, module: nn.Module | None, seed: int = 0) -> None:

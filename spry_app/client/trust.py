@@ -9,7 +9,7 @@ from torch.nn import Module
 
 from spry_app.autodiff.directions import Seed, Tensors, direction
 from spry_app.autodiff.gradients import GRADIENTS, Gradient
-from spry_app.autodiff.self_check import SelfTestError, self_test, shared_pass_test
+from spry_app.autodiff.self_check import SelfTestError, disagreement, self_test, shared_pass_test
 from spry_app.autodiff.slopes import Batch, forward_mode, moved
 from spry_app.client.node import Node
 from spry_app.errors import SpryError
@@ -111,21 +111,20 @@ def _bisection_problem(node: Node) -> str:
     adapted, seed = node.adapted, Seed(run=0, round=0, client=0, step=0)
     if not adapted.blocks:
         return "its blocks are not known"
-    few = [0, 1][: len(node.train)]
 
     def slopes(
         batch: Batch, params: Tensors, directions: Iterable[Tensors], at_once: int = 1
     ) -> tuple[float, list[float]]:
-        parts = batch_of(adapted, node.train, few, 0, seed)  # of what `batch` has as a whole
+        parts = batch_of(adapted, node.train, [0], 0, seed)  # of what `batch` has as a whole
         found = _BISECTED.estimate(parts, params, seed, 1, 1)
         along = [sum(float((v[name] * found.gradient[name]).sum()) for name in v) for v in directions]
         return found.loss, along
 
+    one = objective(adapted, node.train, [0], seed)
     try:
-        self_test(objective(adapted, node.train, few, seed), adapted.tensors(), None, slopes=slopes)
+        return str(disagreement(one, adapted.tensors(), adapted.model, slopes=slopes) or "")
     except (NoPrefixError, SelfTestError) as error:
         return str(error)
-    return ""
 
 
 def _check_forward_mode(node: Node, at_once: int) -> None:

@@ -50,10 +50,12 @@ class RunConfig(Section):
         "bisected-backprop",
     ] = ""
     """How a client gets a gradient; empty for the method's own. Central differences are taken over a step of 1e-3,
-    one-sided ones over 1e-4, whatever the method's own step. "auto" is for nodes that are alike: before the first round
-    the server takes what `spry plan` would advise for the least that a step may take on any of them
-    (`client.memory-budget-mib`, or a node's own `memory-budget-mib`), says why, and keeps to it, also when the run is
-    resumed."""
+    one-sided ones over 1e-4, whatever the method's own step. Backpropagation keeps all activations; "checkpointed" what
+    enters each block, and computes the rest once more; "bisected" what enters a few blocks (log2 of their number), and
+    computes the others again as they are needed: the least memory, for 3.5 to 5 forward passes in all where
+    "checkpointed" takes 3. "auto" is for nodes that are alike: before the first round the server takes what `spry plan`
+    would advise for the least that a step may take on any of them (`client.memory-budget-mib`, or a node's own
+    `memory-budget-mib`), says why, and keeps to it, also when the run is resumed."""
     assign: Literal["", "every-unit", "cyclic", "by-depth", "by-device"] = ""
     """Which client trains which units: all of them, dealt like cards (SPRY), or bands of neighbours with the upper ones
     for the nodes that state the least memory; or "by-device", an exact gradient (the fastest kind that reaches the most
