@@ -43,7 +43,7 @@ ROWS: dict[str, Variant] = {
 """All have an exact head and the server's Yogi. Central differences measure the slopes of forward mode, and have its
 step sizes; a mixed fleet has the same however it is weighted; all are searched on these boxes. Checkpointed backprop on
 all units is refused by the boxes that do not hold it, which leaves them out; its rounds are short, so it has three
-times as many; bisected, which the boxes in the middle hold too, twice, as has the head alone.
+times as many; bisected, which more boxes hold, twice, as has the head alone.
 """
 SHARED: Keys = {
     TARGETS: QUERY_VALUE,

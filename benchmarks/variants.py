@@ -98,16 +98,10 @@ class Work:
         return step
 
     def _chain(self, tokens: Tensor, labels: Tensor, names: Collection[str]) -> Chain:
-        inputs, adapted = {"input_ids": tokens}, self.adapted
-        first, last = adapted.depth(names), len(adapted.blocks)
-
-        def through(params: Tensors, low: int, high: int, hidden: Tensor | None) -> Tensor:
-            return adapted.until(inputs, high, params, entering=_entering(low, hidden)).hidden
-
-        def end(params: Tensors, hidden: Tensor | None) -> Tensor:
-            return self.loss(adapted, params, inputs, labels, _entering(last, hidden))
-
-        return Chain(range(first, last), adapted.prefix(inputs, first).hidden if first else None, through, end)
+        inputs = {"input_ids": tokens}
+        return self.adapted.chain(
+            inputs, names, lambda params, here: self.loss(self.adapted, params, inputs, labels, here)
+        )
 
     def _objective(self, variant: Variant, tokens: Tensor, labels: Tensor) -> Objective:
         inputs, adapted = {"input_ids": tokens}, self.adapted
@@ -118,10 +112,6 @@ class Work:
                 return self.loss(adapted, params, inputs, labels, entering)
 
         return loss_of
-
-
-def _entering(depth: int, hidden: Tensor | None) -> Entering | None:
-    return None if hidden is None else Entering(depth, hidden)
 
 
 def prepare(settings: Settings) -> Work:

@@ -59,18 +59,11 @@ def chain(
 ) -> Chain:
     """`objective` block by block, from the lowest one with a tensor of these names."""
     inputs, targets, masks = rows.inputs(indices), rows.aims(indices), _masks(seed)
-    first, last = adapted.depth(names), len(adapted.blocks)
-    start = adapted.prefix(inputs, first, {}, masks, entering).hidden if first else None
 
-    def through(params: Tensors, low: int, high: int, hidden: Tensor | None) -> Tensor:
-        here = None if hidden is None else Entering(low, hidden)
-        return adapted.until(inputs, high, params, masks, here).hidden
-
-    def end(params: Tensors, hidden: Tensor | None) -> Tensor:
-        here = None if hidden is None else Entering(last, hidden)
+    def loss(params: Tensors, here: Entering | None) -> Tensor:
         return rows.task.loss(adapted.bound(params, masks, here), inputs, targets)
 
-    return Chain(range(first, last), start, through, end)
+    return adapted.chain(inputs, names, loss, masks, entering)
 
 
 def _masks(seed: Seed) -> int:

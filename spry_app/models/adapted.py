@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.func import functional_call
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from spry_app.autodiff.bisection import Chain
 from spry_app.autodiff.token_loss import IGNORED, token_loss, token_scores
 from spry_app.autodiff.transfer import onto
 from spry_app.models.blocks import Entering, NoPrefixError, depth_of, run_until, starting_from
@@ -177,6 +178,27 @@ class AdaptedModel:
 
         with self._dropout(dropout):
             return Entering(depth, run_until(depth, run, entering))
+
+    def chain(
+        self,
+        inputs: Mapping[str, Tensor],
+        names: Iterable[str],
+        loss: Callable[[Tensors, Entering | None], Tensor],
+        dropout: int | None = None,
+        entering: Entering | None = None,
+    ) -> Chain:
+        """`loss`, of tensors and where its pass begins, by blocks, from the lowest with a tensor of these names."""
+        first, last = self.depth(names), len(self.blocks)
+
+        def here(depth: int, hidden: Tensor | None) -> Entering | None:
+            return None if hidden is None else Entering(depth, hidden)
+
+        return Chain(
+            range(first, last),
+            self.prefix(inputs, first, {}, dropout, entering).hidden if first else None,
+            lambda params, low, high, hidden: self.until(inputs, high, params, dropout, here(low, hidden)).hidden,
+            lambda params, hidden: loss(params, here(last, hidden)),
+        )
 
     def depths(self) -> dict[str, int]:
         """Trainable tensor -> its block; the number of blocks for the head and what else follows them all."""
