@@ -2,9 +2,10 @@
 server; never what is trained on them.
 """
 
+import functools
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -24,8 +25,7 @@ class PrefixCache:
 
     memory_bytes: for the batch at hand and, as far as they fit beside it, all rows seen so far; disk_bytes: for the
     rows after those, in a temporary folder (of TMPDIR), which `close` removes. below: what enters a lower block, where
-    that is kept too. lasting: for more than one task, so that which rows are at hand depends on what the process has
-    done before. To the bit, nothing else does then: rows pass one by one, and half of the memory is for the batch.
+    that is kept too.
     """
 
     def __init__(
@@ -36,11 +36,9 @@ class PrefixCache:
         memory_bytes: int,
         disk_bytes: int = 0,
         below: "PrefixCache | None" = None,
-        lasting: bool = False,
     ) -> None:
-        self._adapted, self._rows, self.depth, self._below, self._lasting = adapted, rows, depth, below, lasting
-        self._memory, self._disk = memory_bytes // 2 if lasting else memory_bytes, disk_bytes
-        self._most_at_hand = self._memory
+        self._adapted, self._rows, self.depth, self._below = adapted, rows, depth, below
+        self._memory, self._disk = memory_bytes, disk_bytes
         self._batch = 0
         """Bytes of the hidden states of the batch at hand."""
         self._kept: dict[int, Tensor | Path] = {}
@@ -61,7 +59,7 @@ class PrefixCache:
     @property
     def _limit(self) -> int:
         """Bytes that the batch at hand may have."""
-        return self._most_at_hand if self._lasting else self._memory
+        return self._memory
 
     @property
     def forwards(self) -> float:
@@ -77,26 +75,30 @@ class PrefixCache:
     def _hidden(self, rows: Sequence[int]) -> Tensor:
         """Shape (rows, longest of them, width), on the model's device."""
         new = [row for row in rows if row not in self._kept]
-        if not new:
-            return pad_sequence([self._read(row) for row in rows], batch_first=True)
         # With padding on the left, positions may depend on the other rows of the batch, so nothing is kept.
-        left = self._rows.padding_side == "left"
-        wanted = rows if left else new
-        start = self._below.entering([wanted])[0] if self._below else None
-        parts = [[row] for row in wanted] if self._lasting and not left else [wanted]
-        computed = [self._adapted.prefix(self._rows.inputs(part), self.depth, entering=start).hidden for part in parts]
-        self._computed += len(wanted) * (self.depth - (start.depth if start else 0))
-        if left:
-            return computed[0]
-        each = [states for part in computed for states in part]
-        fresh = {row: states[: self._rows.length(row)] for row, states in zip(new, each, strict=True)}
-        at_hand = self._batch + len(rows) * max(map(self._rows.length, rows)) * each[0][0].nbytes
-        self._keep(fresh, beside=0 if self._lasting else at_hand)
-        if len(new) == len(rows) and not self._lasting:
-            return computed[0]
+        if new and self._rows.padding_side == "left":
+            return self._pass(rows)
+        fresh = self._compute(new, rows) if new else {}
         return pad_sequence([fresh[row] if row in fresh else self._read(row) for row in rows], batch_first=True)
 
-    def _keep(self, fresh: dict[int, Tensor], beside: int) -> None:
+    def _compute(self, new: Sequence[int], rows: Sequence[int]) -> dict[int, Tensor]:
+        """Row -> its hidden states, of all that are `new` among the `rows` of a micro-batch."""
+        fresh = self._each(new)
+        at_hand = self._batch + len(rows) * max(map(self._rows.length, rows)) * fresh[new[0]][0].nbytes
+        self._keep(fresh, at_hand)
+        return fresh
+
+    def _each(self, rows: Sequence[int]) -> dict[int, Tensor]:
+        """All in one pass, each without its padding."""
+        return {row: states[: self._rows.length(row)] for row, states in zip(rows, self._pass(rows), strict=True)}
+
+    def _pass(self, rows: Sequence[int]) -> Tensor:
+        start = self._below.entering([rows])[0] if self._below else None
+        self._computed += len(rows) * (self.depth - (start.depth if start else 0))
+        return self._adapted.prefix(self._rows.inputs(rows), self.depth, entering=start).hidden
+
+    def _keep(self, fresh: Mapping[int, Tensor], beside: int = 0) -> None:
+        """Each in memory where it fits with so many bytes `beside` it, else on disk, else nowhere."""
         for row, states in fresh.items():
             if beside + states.nbytes <= self._memory:
                 self._memory -= states.nbytes
@@ -116,15 +118,68 @@ class PrefixCache:
         return kept if isinstance(kept, Tensor) else load_file(kept)["hidden"].to(self._adapted.device)
 
 
-def frozen(adapted: AdaptedModel, rows: Encoded, memory_bytes: int, disk_bytes: int = 0) -> PrefixCache | None:
+class LastingPrefixCache(PrefixCache):
+    """For more than one task, so that which rows are at hand depends on what the process has done before; the hidden
+    states, to the bit, do not.
+
+    Which others pass beside a row decides its last bits. So which rows are kept is settled beforehand, the shortest
+    ones (of which most fit), and so are the groups of `at_once` in which these pass: where one is wanted, all are
+    computed. The others pass with those of their micro-batch, every time. Half of the memory is for the batch at hand.
+    """
+
+    def __init__(
+        self, adapted: AdaptedModel, rows: Encoded, depth: int, memory_bytes: int, disk_bytes: int, at_once: int
+    ) -> None:
+        super().__init__(adapted, rows, depth, memory_bytes // 2, disk_bytes)
+        self._at_hand, self._at_once = self._memory, at_once
+
+    @property
+    def _limit(self) -> int:
+        return self._at_hand
+
+    @functools.cached_property
+    def _group(self) -> dict[int, tuple[int, ...]]:
+        """Row -> those with which it is computed and kept; no row that is not. What a token takes, the first tell."""
+        order = self._rows.by_length(range(len(self._rows)))
+        groups = [tuple(order[start : start + self._at_once]) for start in range(0, len(order), self._at_once)]
+        states = self._each(groups[0])
+        width = states[order[0]][0].nbytes
+        room = {"memory": self._memory, "disk": self._disk}
+        found = dict[int, tuple[int, ...]]()
+        for group in groups:
+            for row in group:
+                needed = self._rows.length(row) * width
+                place = next((place for place, left in room.items() if needed <= left), None)
+                if place is None:
+                    return found
+                room[place] -= needed
+            found |= dict.fromkeys(group, group)
+            if group is groups[0]:
+                self._keep(states)
+        return found
+
+    def _compute(self, new: Sequence[int], rows: Sequence[int]) -> dict[int, Tensor]:
+        groups = self._group
+        fresh = dict[int, Tensor]()
+        for group in dict.fromkeys(groups[row] for row in new if row in groups and row not in self._kept):
+            fresh |= self._each(group)
+        self._keep(fresh)
+        others = [row for row in new if row not in groups]
+        return fresh | (self._each(others) if others else {})
+
+
+def frozen(
+    adapted: AdaptedModel, rows: Encoded, memory_bytes: int, disk_bytes: int = 0, at_once: int = 1
+) -> PrefixCache | None:
     """For what enters the lowest block with a trainable tensor, which no training changes and no dropout reaches.
 
-    None where that is the lowest block of all, or passes cannot begin there.
+    at_once: how many rows may pass beside each other. None where that is the lowest block of all, or passes cannot
+    begin there.
     """
     depth = adapted.depth(name for names in adapted.units.values() for name in names)
     if not memory_bytes or not may_start_at(adapted, rows, depth):
         return None
-    return PrefixCache(adapted, rows, depth, memory_bytes, disk_bytes, lasting=True)
+    return LastingPrefixCache(adapted, rows, depth, memory_bytes, disk_bytes, at_once)
 
 
 _usable: WeakKeyDictionary[nn.Module, dict[int, bool]] = WeakKeyDictionary()

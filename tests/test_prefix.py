@@ -15,7 +15,7 @@ from spry_app.client.node import Node, forget_nodes, load_node
 from spry_app.client.training import train
 from spry_app.config import RunConfig
 from spry_app.methods import get_method
-from spry_app.prefix import PrefixCache, may_start_at
+from spry_app.prefix import LastingPrefixCache, PrefixCache, may_start_at
 from spry_app.protocol import Task, TrainReply
 
 ROWS = 24
@@ -119,20 +119,52 @@ def test_what_no_client_trains_is_passed_once_in_all_tasks(folder: Path) -> None
             torch.testing.assert_close(kept.tensors[name], value, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("memory", [1 << 20, 3 * 2 * 11 * 32 * 4])
-def test_what_outlives_a_task_does_not_depend_on_what_came_before(folder: Path, memory: int) -> None:
+FEW = 9 * 2 * 11 * WIDTH
+"""Bytes: half of them are for nine of the longest rows or some more of the shortest, which is not all."""
+
+
+@pytest.mark.parametrize("at_once", [1, 4])
+@pytest.mark.parametrize("memory", [1 << 20, FEW])
+def test_what_outlives_a_task_does_not_depend_on_what_came_before(folder: Path, memory: int, at_once: int) -> None:
     """To the bit, with room for all rows and with room for a few: another order, other neighbours, kept or not."""
     node = node_of(config(folder))
     order = node.train.by_length(range(ROWS))
-    batches = [order[:3], [order[0], order[-1], order[7]], order[4:7]]
+    batches = [order[:3], [order[0], order[-1], order[7], order[-2]], order[4:7]]
     seen = []
     for turns in ([0, 1, 2], [2, 1, 0, 1], [1, 1]):
-        kept = PrefixCache(node.adapted, node.train, 1, memory, lasting=True)
+        kept = LastingPrefixCache(node.adapted, node.train, 1, memory, 0, at_once)
         found = {turn: kept.entering([batches[turn]])[0] for turn in turns}
         seen.append(found[1])
     first, *others = seen
     assert first is not None
+    assert_same(node, batches[1], first.hidden, hidden_states(node, batches[1]))
     assert all(other is not None and torch.equal(other.hidden, first.hidden) for other in others)
+
+
+def test_what_outlives_a_task_is_computed_in_groups_and_once(
+    folder: Path, rows_through_the_lowest_block: list[int]
+) -> None:
+    node = node_of(config(folder))
+    order = node.train.by_length(range(ROWS))
+    kept = LastingPrefixCache(node.adapted, node.train, 1, 1 << 20, 0, at_once=4)
+    for _ in range(2):
+        kept.entering([[order[0], order[5], order[2]]])
+    assert rows_through_the_lowest_block == [4, 4]
+    for first in range(0, ROWS, 8):
+        kept.entering([order[first : first + 8]])
+    assert sum(rows_through_the_lowest_block) == ROWS
+
+
+def test_rows_that_are_not_to_be_kept_pass_as_they_are_asked_for(
+    folder: Path, rows_through_the_lowest_block: list[int]
+) -> None:
+    """The longest ones, which take the most memory; nobody beside them is computed."""
+    node = node_of(config(folder))
+    order = node.train.by_length(range(ROWS))
+    kept = LastingPrefixCache(node.adapted, node.train, 1, FEW, 0, at_once=4)
+    for _ in range(2):
+        kept.entering([[order[0], order[-1], order[-2]]])
+    assert rows_through_the_lowest_block == [4, 2, 2]
 
 
 def test_the_head_alone_needs_no_block_twice(folder: Path, rows_through_the_lowest_block: list[int]) -> None:

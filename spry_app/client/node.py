@@ -42,11 +42,12 @@ class Node:
 
     def frozen(self, rows: Encoded, config: ClientConfig) -> PrefixCache | None:
         """What enters the lowest trained block for rows of this node, kept as long as the node; with half of the memory
-        that is allowed, as the other half is for what lies above.
+        that is allowed, as the other half is for what lies above. Within a memory budget rows pass one by one.
         """
         if id(rows) not in self._frozen:
             memory, disk = config.prefix_cache_mib * MIB // 2, config.prefix_cache_disk_mib * MIB // 2
-            self._frozen[id(rows)] = frozen(self.adapted, rows, memory, disk)
+            at_once = 1 if self.memory_mib or config.memory_budget_mib else config.micro_batch or config.batch_size
+            self._frozen[id(rows)] = frozen(self.adapted, rows, memory, disk, at_once)
         return self._frozen[id(rows)]
 
     def score(self, config: ClientConfig, slices: Slices) -> Score:

@@ -34,7 +34,7 @@ from spry_app.server.checkpoint import load
 from spry_app.server.choice import Advise, OneGradient
 from spry_app.server.ending import reported
 from spry_app.server.frame_file import load_frame, save_frame
-from spry_app.server.held_out import held_out, score_of
+from spry_app.server.held_out import BATCH, held_out, score_of
 from spry_app.server.memory import step_memory, step_peaks
 from spry_app.server.picture import draw
 from spry_app.server.record import Recorder
@@ -136,7 +136,7 @@ def federate(
     if method.assign in BY_MEMORY and isinstance(strategy, SpryStrategy):
         strategy.step_mib = step_memory(adapted, _some_rows(config, adapted) if test is None else test, config, method)
     one = _one_gradient(config, folder, strategy, advise)
-    bottom = None if test is None else frozen(adapted, test, config.client.prefix_cache_mib * MIB)
+    bottom = None if test is None else frozen(adapted, test, config.client.prefix_cache_mib * MIB, at_once=BATCH)
     if checkpoint:
         checkpoint.check(adapted.tensors())
         _resumable(strategy).resume(checkpoint)
