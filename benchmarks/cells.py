@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -176,13 +177,24 @@ class Cells:
 
 
 def _begin(log: Path) -> None:
-    """In a new process: one thread, and everything that libraries print goes into a file."""
+    """In a new process, which ends with the one that started it: one thread that computes, and everything that
+    libraries print goes into a file.
+    """
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(file, 1)
     os.dup2(file, 2)
     logging.getLogger("flwr").setLevel(logging.WARNING)
     identify()
+
+
+def _end_with_parent() -> None:
+    """A benchmark that is ended by a signal cannot tell its processes, which would go on with their cells unheard."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _say(sentence: str) -> None:

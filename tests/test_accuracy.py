@@ -4,9 +4,14 @@ way.
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from federation import make_sst2
 
@@ -136,6 +141,38 @@ def test_a_cell_in_a_process_of_its_own_gives_the_same(plan: Plan, tmp_path: Pat
     assert [{k: v for k, v in line.items() if k not in drop} for line in there.curve] == [
         {k: v for k, v in line.items() if k not in drop} for line in here.curve
     ]
+
+
+ENDLESS = """
+import sys
+from pathlib import Path
+from benchmarks.cells import Cell, Cells
+
+if __name__ == "__main__":
+    folder, model = map(Path, sys.argv[1:])
+    keys = {"model.name": str(model), "num-server-rounds": 1_000_000, "data.partition": "iid"}
+    Cells(folder, 1, "this").run([Cell(keys, 10)], "A cell without an end")
+"""
+
+
+@pytest.mark.slow
+def test_processes_end_with_the_benchmark_that_started_them(folder: Path, tmp_path: Path) -> None:
+    """Ended by a signal, it has no time to tell them."""
+    script = tmp_path / "endless.py"
+    script.write_text(ENDLESS)
+    command = [sys.executable, str(script), str(tmp_path / "cells"), str(folder / "tiny")]
+    environment = os.environ | {"PYTHONPATH": str(Path(accuracy.__file__).parent.parent)}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as started:
+        log, patience = tmp_path / "cells" / "log.txt", time.monotonic() + 120
+        while not (log.exists() and log.stat().st_size) and time.monotonic() < patience:
+            time.sleep(0.2)  # until a process is well into its cell
+        begun = psutil.Process(started.pid).children(recursive=True)
+        started.kill()
+    assert begun
+    _, alive = psutil.wait_procs(begun, timeout=30)
+    for process in alive:
+        process.kill()
+    assert not alive
 
 
 def test_a_cell_is_known_by_what_it_sets() -> None:
