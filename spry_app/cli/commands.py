@@ -1,6 +1,7 @@
 """The commands but those of `deploy` and `data`: arguments, and whom to call."""
 
 import json
+import logging
 import sys
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -162,6 +163,7 @@ def export_command(
 
     Exit status: 0, or 2 where it cannot be merged or OUTPUT is not empty.
     """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it would tell of kernels that no merge needs
     from spry_app.server.export import DTYPES, export
 
     with refusals():

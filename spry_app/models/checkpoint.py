@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -217,12 +218,16 @@ def explained(config: ModelConfig, task: LearningTask, location: str) -> Iterato
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars, no report of the missing head, which is expected."""
+    """No progress bars, no report of the missing head, which is expected, nor of what libraries will call by another
+    name.
+    """
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         transformers_logging.set_verbosity(verbosity)
         if bars:

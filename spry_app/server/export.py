@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from spry_app.config import ModelConfig, RunConfig
 from spry_app.errors import SpryError
 from spry_app.models import load_base
+from spry_app.models.checkpoint import quiet
 from spry_app.models.pooled import is_copy
 from spry_app.models.sources import known_as, public_name
 from spry_app.server.adapter_folder import read_labels
@@ -38,14 +39,17 @@ def export(source: Path, output: Path, dtype: str = "bf16", model: str = "", for
     _check_output(source, output, force)
     seed, config = _base(folder, settings, model)
     base = load_base(config, len(labels), seed, model, task)
-    merged = _merged(PeftModel.from_pretrained(base.model, str(folder)).eval(), folder)
+    with quiet():
+        adapted = PeftModel.from_pretrained(base.model, str(folder)).eval()
+    merged = _merged(adapted, folder)
     if labels:
         merged.config.id2label = dict(enumerate(labels))
         merged.config.label2id = {label: index for index, label in enumerate(labels)}
     merged.config.use_cache = True
     fresh = output.with_name(output.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
-    merged.to(DTYPES[dtype]).save_pretrained(fresh)
+    with quiet():
+        merged.to(DTYPES[dtype]).save_pretrained(fresh)
     AutoTokenizer.from_pretrained(folder).save_pretrained(fresh)
     readme = folder / "README.md"
     name = public_name(config.name) if config.pooling == "mean" else settings.base_model_name_or_path or config.name
