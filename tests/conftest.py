@@ -67,12 +67,20 @@ DAILY = {
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    there: dict[str, set[str]] = {}
     for item in items:
         file, _, test = item.nodeid.rpartition("/")[2].partition("::")
         name, _, row = test.partition("[")
-        if row and row.rstrip("]") not in DAILY.get(f"{file}::{name}", {row.rstrip("]")}):
+        table, row = f"{file}::{name}", row.removesuffix("]")
+        there.setdefault(table, set()).add(row)
+        if row and row not in DAILY.get(table, {row}):
             item.add_marker(pytest.mark.slow)
+    files = {table.partition("::")[0] for table in there}
+    expected = {table: rows for table, rows in DAILY.items() if table.partition("::")[0] in files}
+    absent = {table: gone for table, rows in expected.items() if (gone := rows - there.get(table, set()))}
+    if absent and not any("::" in argument for argument in config.args):  # those choose rows themselves
+        raise pytest.UsageError(f"DAILY names rows that are not there: {absent}")
     missing = {
         "gpu": not torch.cuda.is_available() and "needs a CUDA device",
         "network": os.environ["HF_HUB_OFFLINE"] == "1" and "needs the Hub: set HF_HUB_OFFLINE=0",

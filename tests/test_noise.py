@@ -12,11 +12,11 @@ from spry_app.methods.noise import (
     RELATIVE_NOISE,
     Hand,
     Noise,
-    expected_cosine,
     expected_cosines,
     fewest_directions,
     measured_noise,
     overall,
+    relative_noise,
     warning,
 )
 
@@ -35,6 +35,10 @@ def frames(kind: str, draws: int, count: int, dimensions: int) -> torch.Tensor:
     return torch.linalg.qr(normal).Q.mT[:, :count] * math.sqrt(dimensions)
 
 
+def of_one_client(dimensions: int, directions: int, kind: str) -> float:
+    return expected_cosines([Hand(("a",), dimensions, directions)], kind)["a"]
+
+
 def within_five_errors(drawn: torch.Tensor, expected: float) -> bool:
     return abs(float(drawn.mean()) - expected) <= 5 * float(drawn.std()) / len(drawn) ** 0.5 + 1e-9
 
@@ -47,10 +51,10 @@ def test_the_expected_cosine_is_that_of_drawn_estimates(kind: str, dimensions: i
     v = frames(kind, DRAWS, directions, dimensions)
     estimates = ((v @ g)[:, :, None] * v).mean(1)
     lengths = estimates.square().sum(1) / g.square().sum()
-    assert within_five_errors(lengths, expected_cosine(dimensions, directions, kind) ** -2)
+    assert within_five_errors(lengths, of_one_client(dimensions, directions, kind) ** -2)
     n, d = directions, dimensions
     formula = {"gaussian": math.sqrt(n / (d + n + 1)), "orthogonal": math.sqrt(n / d)}[kind]
-    assert expected_cosine(dimensions, directions, kind) == pytest.approx(formula, rel=1e-12)
+    assert of_one_client(dimensions, directions, kind) == pytest.approx(formula, rel=1e-12)
 
 
 def test_every_kind_of_directions_has_its_formula() -> None:
@@ -58,8 +62,9 @@ def test_every_kind_of_directions_has_its_formula() -> None:
 
 
 def test_nothing_perturbed_has_no_noise_and_a_whole_frame_neither() -> None:
-    assert expected_cosine(0, 1) == expected_cosine(0, 1, "orthogonal") == 1.0
-    assert expected_cosine(5, 5, "orthogonal") == expected_cosine(5, 9, "orthogonal") == 1.0
+    assert relative_noise(0, 1, "gaussian") == relative_noise(0, 1, "orthogonal") == 0.0
+    assert expected_cosines([Hand(("a",), 0, 1)]) == {}
+    assert of_one_client(5, 5, "orthogonal") == of_one_client(5, 9, "orthogonal") == 1.0
 
 
 @pytest.mark.parametrize("kind", RELATIVE_NOISE)
@@ -83,7 +88,7 @@ def test_each_unit_counts_its_holders_and_all_that_they_perturb(kind: str) -> No
         Hand((), 0, 2),
     ]
     cosines = expected_cosines(hands, kind)
-    assert cosines["a"] == pytest.approx(expected_cosine(30, 4, kind))
+    assert cosines["a"] == pytest.approx(of_one_client(30, 4, kind))
     # b: two thirds of the weight with a, one third with c; independent frames add up.
     noise = (2 / 3) ** 2 * RELATIVE_NOISE[kind](30, 4) + (1 / 3) ** 2 * RELATIVE_NOISE[kind](40, 2)
     assert cosines["b"] == pytest.approx((1 + noise) ** -0.5)

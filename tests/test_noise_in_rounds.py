@@ -10,7 +10,7 @@ from federation import Federation, same, tiny_run
 from flwr.app import Message
 
 from spry_app.methods import METHODS
-from spry_app.methods.noise import expected_cosine
+from spry_app.methods.noise import relative_noise
 from spry_app.protocol import from_arrays
 from spry_app.server.rebuild import rebuild
 from spry_app.server.record import Round
@@ -98,8 +98,8 @@ def test_a_run_of_mostly_noise_is_warned_of_once(method: str, run_config: dict, 
     federation = Federation(tmp_path, run_config | keys)
     federation.start(CLIENTS, rounds=2)
     said = {
-        "spry": f"d=1,024, K=1, 3 of 3 clients a unit: expected cosine {expected_cosine(1024, 3):.2g}, below 0.1",
-        "decomfl": f"d=1,024, K=1, 1 of 1 clients a unit: expected cosine {expected_cosine(1024, 1):.2g}, below 0.1",
+        "spry": f"d=1,024, K=1, 3 of 3 clients a unit: expected cosine {(3 / (1024 + 3 + 1)) ** 0.5:.2g}, below 0.1",
+        "decomfl": f"d=1,024, K=1, 1 of 1 clients a unit: expected cosine {(1 / (1024 + 1 + 1)) ** 0.5:.2g}, below 0.1",
     }
     said["spry-per-iteration"] = said["spry"]
     assert len(federation.recorder.warnings) == (method in said)
@@ -168,8 +168,9 @@ def test_a_target_takes_the_fewest_directions_that_reach_it(
     taken = {len(task.units) - 1: task.directions for task in federation.strategy.tasks.values()}
     assert set(taken) == ({4} if method == "decomfl" else {1, 2})
     for units, count in taken.items():
-        assert expected_cosine(64 * units, count, directions) >= target - 1e-9
-        assert expected_cosine(64 * units, count - 1, directions) < target
+        enough, less = (relative_noise(64 * units, n, directions) for n in (count, count - 1))
+        assert (1 + enough) ** -0.5 >= target - 1e-9
+        assert (1 + less) ** -0.5 < target
 
 
 @pytest.mark.parametrize(("target", "asked"), [(0.0, 2), (0.05, 2), (0.2, 4), (0.9, 7)])

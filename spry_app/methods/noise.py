@@ -31,15 +31,6 @@ their span, which holds n / d of |g|^2; nothing is left at n = d.
 """
 
 
-def expected_cosine(dimensions: int, directions: float, kind: str = "gaussian") -> float:
-    """Of the mean estimate with its own true gradient: Gaussian sqrt(n / (d + n + 1)), orthogonal sqrt(min(1, n / d)).
-
-    E[estimate . gradient] / sqrt(E|estimate|^2 |gradient|^2), for d = `dimensions` that are perturbed together and n =
-    `directions` in all: K times the clients that hold the same units. 1 where nothing is perturbed.
-    """
-    return _cosine(relative_noise(dimensions, directions, kind))
-
-
 def relative_noise(dimensions: int, directions: float, kind: str) -> float:
     """Of RELATIVE_NOISE; none where nothing is perturbed, as with an exact gradient."""
     return RELATIVE_NOISE[kind](dimensions, directions) if dimensions else 0.0
@@ -62,8 +53,11 @@ class Hand:
 
 
 def expected_cosines(hands: Sequence[Hand], kind: str = "gaussian") -> dict[str, float]:
-    """Unit -> expected cosine of its mean estimate over the clients that hold it, as `expected_cosine`.
+    """Unit -> expected cosine of its mean estimate over the clients that hold it with its own true gradient.
 
+    E[estimate . gradient] / sqrt(E|estimate|^2 |gradient|^2): for d numbers that are perturbed together along n
+    directions in all (K times the clients that hold the same units), Gaussian sqrt(n / (d + n + 1)), orthogonal
+    sqrt(min(1, n / d)).
     Unequal hands: the part w of each client in the mean makes n = 1 / sum(w^2 / K) directions of those with the same
     units (who share one frame, where directions are orthogonal); groups with other units add their noise, an exact
     gradient adds none. All numbers of a hand are taken to carry the same part of its gradient. A unit that nobody
