@@ -160,8 +160,12 @@ def test_a_copy_that_would_not_fit_while_it_is_made_is_refused(
     assert not list((cache.parent / "models").glob("*-mean-*[!k]"))
 
 
-def test_of_the_hub_what_its_cache_has_is_enough(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests are offline. A file that is not there is silence, and another commit another copy."""
+def test_of_the_hub_what_its_cache_has_is_enough(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Tests are offline. Another commit is another copy; a file of which the cache knows nothing is told of, and one
+    that the Hub is known not to have is not.
+    """
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     repository = tmp_path / "hub" / "models--owner--encoder"
     for commit, seed in (("a" * 40, 0), ("b" * 40, 1)):
@@ -174,7 +178,18 @@ def test_of_the_hub_what_its_cache_has_is_enough(tmp_path: Path, cache: Path, mo
     other = load_tiny("owner/encoder", model={"revision": "b" * 40})
     assert names_of(other) != names_of(found) and other.fingerprint != found.fingerprint
     (repository / "snapshots" / ("a" * 40) / "1_Pooling" / "config.json").unlink()
+    caplog.clear()
     assert names_of(load_tiny("owner/encoder")) == "owner/encoder"
+    assert [record.getMessage() for record in caplog.records if "owner/encoder" in record.getMessage()] == [
+        "The Hub is not asked, and this machine's cache does not tell whether owner/encoder is to see the mean of all "
+        'tokens (1_Pooling/config.json): it sees the first. Set model.pooling to "mean" or "first".'
+    ]
+    absent = repository / ".no_exist" / ("a" * 40) / "1_Pooling" / "config.json"
+    absent.parent.mkdir(parents=True)
+    absent.touch()
+    caplog.clear()
+    assert names_of(load_tiny("owner/encoder")) == "owner/encoder"
+    assert "owner/encoder" not in caplog.text
 
 
 ADAPTERS: dict[str, dict[str, Any]] = {kind: {"kind": kind} for kind in KINDS if kind != "prefix"} | {

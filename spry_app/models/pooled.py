@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
@@ -101,6 +101,13 @@ def _trained_for_mean(location: str, settings: PreTrainedConfig, revision: str) 
             commit = getattr(settings, "_commit_hash", None) or revision or None
             file = Path(hf_hub_download(location, _SAYS, revision=commit))
         except EntryNotFoundError:  # the Hub says so, or it is not asked and no cache has it
+            if try_to_load_from_cache(location, _SAYS, revision=commit) is not _CACHED_NO_EXIST:
+                logger.warning(
+                    "The Hub is not asked, and this machine's cache does not tell whether %s is to see the mean of all "
+                    'tokens (%s): it sees the first. Set model.pooling to "mean" or "first".',
+                    location,
+                    _SAYS,
+                )
             return False
     if not file.is_file():
         return False
