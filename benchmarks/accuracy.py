@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.cells import Cells, Outcome
 from benchmarks.measure import facts
 from benchmarks.plan import SEARCH_PART, TOP_BLOCKS, Plan, Variant
-from benchmarks.rows import DATA_DIR, split, with_fewer_tests
+from benchmarks.rows import DATA_DIR, DATA_HELP, split, with_fewer_tests
 from benchmarks.search import KNOBS, Knobs, Steps
 from benchmarks.summary import Summary, draw, print_summary, summarise
 from spry_app.config import RunConfig, Scalar
@@ -120,7 +120,6 @@ def plan_of(options: argparse.Namespace) -> Plan:
         **dict(options.set),
     }
     return Plan(
-        data=options.data,
         split=rows,
         alpha=options.alpha,
         nodes=options.nodes,
@@ -137,7 +136,7 @@ def parser(question: str) -> argparse.ArgumentParser:
     """Arguments of every benchmark of accuracy."""
     found = argparse.ArgumentParser(description=question, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     found.set_defaults(own=())  # node config of each node
-    found.add_argument("--data", default="sst2", help="name of a data set (rows.py)")
+    found.add_argument("--data", default="sst2", help=DATA_HELP)
     found.add_argument("--data-dir", type=Path, default=Path(DATA_DIR), help="a folder a data set (SPRY_DATA)")
     found.add_argument("--alpha", default="1.0", help='"iid", or the concentration of the Dirichlet partition')
     found.add_argument("--seeds", type=int, default=3, help="runs of each variant")

@@ -22,7 +22,7 @@ from benchmarks.curves import Figure, figure
 from benchmarks.local_grid import LocalGrid, identify
 from benchmarks.measure import facts
 from benchmarks.one_round import Rounds, Seen
-from benchmarks.rows import DATA_DIR, data_keys, partition_keys, split
+from benchmarks.rows import DATA_DIR, DATA_HELP, data_keys, partition_keys, split
 from benchmarks.summary import print_table
 from spry_app.client.node import forget_nodes
 from spry_app.config import RunConfig, Scalar
@@ -155,7 +155,7 @@ def _cases(options: argparse.Namespace) -> list[Case]:
 def _shared(options: argparse.Namespace) -> dict[str, Scalar]:
     rows = split(options.data, options.data_dir, options.out / "rows", options.train_rows, options.choice_rows)
     return {
-        **data_keys(options.data, rows.train, rows.choice),
+        **data_keys(rows, rows.choice),
         **partition_keys(options.alpha),
         "data.holdout": 0.0,
         "client.batch-size": options.batch,
@@ -182,7 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     found.add_argument("--rounds", type=int, default=10, help="with seeds of their own, at the same tensors")
     found.add_argument("--train-rounds", type=int, default=30, help="by backpropagation, before the second measurement")
     found.add_argument("--batch", type=int, default=8, help="rows of a client")
-    found.add_argument("--data", default="sst2", help="name of a data set (rows.py)")
+    found.add_argument("--data", default="sst2", help=DATA_HELP)
     found.add_argument("--data-dir", type=Path, default=Path(DATA_DIR), help="a folder a data set (SPRY_DATA)")
     found.add_argument("--alpha", default="iid", help='"iid", or the concentration of the Dirichlet partition')
     found.add_argument("--train-rows", type=int, default=1200, help="at most; 0: all")

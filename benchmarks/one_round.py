@@ -12,6 +12,7 @@ from flwr.serverapp import Grid
 
 from benchmarks.local_grid import LocalGrid
 from spry_app.config import RunConfig, Scalar
+from spry_app.data import label_names
 from spry_app.errors import SpryError
 from spry_app.methods import Layout, get_method
 from spry_app.models import load_model
@@ -66,7 +67,7 @@ class Rounds:
         if get_method(RunConfig.from_flower(whole)).reply == "slopes":
             whole["send"] = "weights"  # the tensors are set from outside, which a slope log cannot tell
         config = RunConfig.from_flower(whole)
-        adapted = load_model(config.model, config.adapter, config.data.num_labels, config.seed)
+        adapted = load_model(config.model, config.adapter, len(label_names(config.data)), config.seed)
         self.start = adapted.tensors()
         self._grid = LocalGrid(clients, whole)
         self._strategy = _Watched(

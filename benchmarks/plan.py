@@ -48,7 +48,6 @@ class Plan:
     the more of them it leaves out, the larger the steps it prefers. own: node config of each node, none for all alike.
     """
 
-    data: str
     split: Split
     alpha: str
     nodes: int
@@ -65,13 +64,13 @@ class Plan:
 
     def final(self, keys: Mapping[str, Scalar], seed: int, longer: int = 1) -> dict[str, Scalar]:
         """A run for a table, scored on the evaluation file."""
-        known = data_keys(self.data, self.split.train, self.split.test)
+        known = data_keys(self.split, self.split.test)
         return known | self._whole(keys, longer * self.rounds, longer * self.evaluations, seed)
 
     def searching(self, keys: Mapping[str, Scalar]) -> dict[str, Scalar]:
         """A short run for choosing a step size, scored on rows of the training file."""
         rounds = -(-self.rounds // self.search_part)
-        known = data_keys(self.data, self.split.train, self.split.choice)
+        known = data_keys(self.split, self.split.choice)
         return known | self._whole(keys, rounds, self.evaluations, SEARCH_SEED)
 
     def _whole(self, keys: Mapping[str, Scalar], rounds: int, evaluations: int, seed: int) -> dict[str, Scalar]:

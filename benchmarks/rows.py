@@ -1,5 +1,5 @@
-"""Which data sets the accuracy benchmarks know, and how their rows are set apart for choosing step sizes. No row of a
-public one is part of the repository.
+"""Which data sets the accuracy benchmarks know, what they take others to be, and how rows are set apart for choosing
+step sizes. No row of a public one is part of the repository.
 """
 
 import json
@@ -8,7 +8,7 @@ import random
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from spry_app.config import Scalar
+from spry_app.config import RunConfig, Scalar
 from spry_app.data.household import INTENTS, utterances
 from spry_app.errors import SpryError
 
@@ -17,7 +17,9 @@ DATA_DIR = os.environ.get("SPRY_DATA", str(Path(__file__).parent.parent.parent /
 
 @dataclass(frozen=True)
 class DataSet:
-    """text, pair: names of the text fields. labels: classes. max_length: tokens kept. test: its evaluation file."""
+    """text, pair: names of the text fields. labels: classes, 0 as many as the rows have. max_length: tokens kept. test:
+    its evaluation file.
+    """
 
     text: str
     labels: int
@@ -41,12 +43,34 @@ DATA_SETS = {
 }
 
 
+DATA_HELP = f"of {', '.join(DATA_SETS)}; or a folder of your own in --data-dir, of train.jsonl and test.jsonl"
+OWN_TESTS = ("test.jsonl", "validation.jsonl")
+"""Evaluation file of a data set that is not in the table, the first that is there."""
+
+
+def data_set(name: str, data_dir: Path) -> DataSet:
+    """The row of the table, else what a folder of somebody's own is taken to be: columns text and label, as `spry run`
+    would; --set says otherwise. Raises SpryError where there is no such folder, or not both files in it.
+    """
+    if name in DATA_SETS:
+        return DATA_SETS[name]
+    test = next((test for test in OWN_TESTS if (data_dir / name / test).is_file()), "")
+    if not test or not (data_dir / name / "train.jsonl").is_file():
+        raise SpryError(
+            f"--data has {name!r}; it may have {', '.join(DATA_SETS)}, or the name of a folder in --data-dir (now "
+            f"{data_dir}) that holds train.jsonl and {' or '.join(OWN_TESTS)}."
+        )
+    usual = RunConfig.defaults()
+    return DataSet(str(usual["data.text-field"]), 0, int(usual["data.max-length"]), test=test)
+
+
 @dataclass(frozen=True)
 class Split:
-    """Files. train: what clients get. choice: rows of the training file on which step sizes are chosen. test: the
-    evaluation file, which nothing but the final accuracies comes from.
+    """of: what the rows are. Files: train, what clients get; choice, rows of the training file on which step sizes are
+    chosen; test, the evaluation file, which nothing but the final accuracies comes from.
     """
 
+    of: DataSet
     train: Path
     choice: Path
     test: Path
@@ -57,10 +81,9 @@ def split(name: str, data_dir: Path, folder: Path, train_rows: int, choice_rows:
 
     train_rows: at most; 0 for all that are left. Raises SpryError where the data set is not known or not there.
     """
-    if name not in DATA_SETS:
-        raise SpryError(f"--data has {name!r}; it may have {', '.join(DATA_SETS)}.")
+    of = data_set(name, data_dir)
     data_dir = _embedded(folder) if name == HOUSEHOLD else data_dir
-    source, test = data_dir / name / "train.jsonl", data_dir / name / DATA_SETS[name].test
+    source, test = data_dir / name / "train.jsonl", data_dir / name / of.test
     absent = [str(path) for path in (source, test) if not path.is_file()]
     if absent:
         raise SpryError(
@@ -73,10 +96,10 @@ def split(name: str, data_dir: Path, folder: Path, train_rows: int, choice_rows:
         raise SpryError(f"--choice-rows is {choice_rows}; {source} has {len(lines)} rows, and some must be trained on.")
     kept = lines[choice_rows:][: train_rows or None]
     folder.mkdir(parents=True, exist_ok=True)
-    found = Split(folder / f"{name}-train-{len(kept)}.jsonl", folder / f"{name}-choice-{choice_rows}.jsonl", test)
-    for path, rows in ((found.train, kept), (found.choice, lines[:choice_rows])):
+    train, choice = folder / f"{name}-train-{len(kept)}.jsonl", folder / f"{name}-choice-{choice_rows}.jsonl"
+    for path, rows in ((train, kept), (choice, lines[:choice_rows])):
         path.write_text("\n".join(rows) + "\n")
-    return found
+    return Split(of, train, choice, test)
 
 
 def _embedded(folder: Path) -> Path:
@@ -97,16 +120,15 @@ def with_fewer_tests(rows: Split, folder: Path, name: str, count: int, seed: int
     return replace(rows, test=path)
 
 
-def data_keys(name: str, train: Path, test: Path) -> dict[str, Scalar]:
-    """Run-config keys of the data set."""
-    row = DATA_SETS[name]
+def data_keys(rows: Split, scored: Path) -> dict[str, Scalar]:
+    """Run-config keys of the data set, trained on its rows for it. scored: what the model is scored on."""
     return {
-        "data.source": str(train.resolve()),
-        "data.test": str(test.resolve()),
-        "data.text-field": row.text,
-        "data.text-pair-field": row.pair,
-        "data.num-labels": row.labels,
-        "data.max-length": row.max_length,
+        "data.source": str(rows.train.resolve()),
+        "data.test": str(scored.resolve()),
+        "data.text-field": rows.of.text,
+        "data.text-pair-field": rows.of.pair,
+        "data.num-labels": rows.of.labels,
+        "data.max-length": rows.of.max_length,
     }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
-from federation import make_sst2
+from federation import make_rows, make_sst2
 
 from benchmarks import accuracy
 from benchmarks.ablations import ABLATIONS
@@ -44,7 +44,7 @@ def plan(folder: Path, tmp_path: Path) -> Plan:
         "client.directions": 2,
     }
     rows = split("sst2", folder, tmp_path / "rows", train_rows=48, choice_rows=16)
-    return Plan("sst2", rows, "iid", nodes=4, clients=2, rounds=3, evaluations=1, shared=shared)
+    return Plan(rows, "iid", nodes=4, clients=2, rounds=3, evaluations=1, shared=shared)
 
 
 def rows_of(*paths: Path) -> list[str]:
@@ -68,8 +68,24 @@ def test_the_embedded_data_set_is_known_like_any_other_and_needs_no_folder(tmp_p
     ]
     known = {(row.text, row.label) for row in train}
     assert {(row["text"], row["label"]) for row in map(json.loads, rows_of(rows.train, rows.choice))} <= known
-    keys = RunConfig.defaults() | data_keys("household", rows.train, rows.test)
+    keys = RunConfig.defaults() | data_keys(rows, rows.test)
     assert len(load_corpus(RunConfig.from_flower(keys).data).train) == 48
+
+
+def test_a_folder_of_ones_own_is_compared_like_any_other(folder: Path, tmp_path: Path) -> None:
+    """Columns and classes as `spry run` takes them, unless --set says otherwise."""
+    (tmp_path / "mine").mkdir()
+    for name, count in (("train", 64), ("test", 16)):
+        make_rows(tmp_path / "mine" / f"{name}.jsonl", count)
+    rows = split("mine", tmp_path, tmp_path / "rows", train_rows=0, choice_rows=16)
+    assert (len(rows_of(rows.train)), len(rows_of(rows.choice)), rows.test.name) == (48, 16, "test.jsonl")
+    shared = {"model.name": str(folder / "tiny"), "client.local-steps": 1, "data.max-length": 12}
+    plan = Plan(rows, "iid", nodes=2, clients=2, rounds=1, evaluations=1, shared=shared)
+    found = measure(plan.cell(plan.final({"method": "fedavg"}, 0)))
+    assert not found.error and found.last["accuracy"] is not None and found.config["data.max-length"] == 12
+    (tmp_path / "mine" / "test.jsonl").unlink()
+    with pytest.raises(SpryError, match=r"--data has 'mine'.*household.*folder in --data-dir.*train.jsonl and test"):
+        split("mine", tmp_path, tmp_path / "rows", 0, 16)
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ from benchmarks.contenders import (
 from benchmarks.curves import Figure
 from benchmarks.goals import Ratio, beside, bytes_up, curves_of, difference, fastest, forwards_ratio, goals, told
 from benchmarks.plan import Plan, Variant
-from benchmarks.rows import Split
+from benchmarks.rows import DATA_SETS, Split
 from benchmarks.search import KNOBS, PER_STEP, PER_STEP_KNOBS, knob_of
 from spry_app.config import AdapterConfig, RunConfig
 from spry_app.methods import get_method
@@ -39,8 +39,8 @@ from spry_app.models.adapter import attach
 
 def plan(**changes: Any) -> Plan:
     shared = {"client.optimizer": "adam", "client.local-steps": 5, **convergence.SHARED}
-    nowhere = Split(Path("train.jsonl"), Path("choice.jsonl"), Path("test.jsonl"))
-    return dataclasses.replace(Plan("sst2", nowhere, "iid", 20, 6, 20, 4, shared), **changes)
+    nowhere = Split(DATA_SETS["sst2"], Path("train.jsonl"), Path("choice.jsonl"), Path("test.jsonl"))
+    return dataclasses.replace(Plan(nowhere, "iid", 20, 6, 20, 4, shared), **changes)
 
 
 ALL = {f"{sweep or 'main'}: {name}": row for sweep, table in TABLES.items() for name, row in table().items()}

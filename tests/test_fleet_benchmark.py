@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plan(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Plan:
     rows = split("sst2", folder, tmp_path_factory.mktemp("rows"), train_rows=60, choice_rows=16)
     shared = {**benchmark.SHARED, "model.name": str(folder / "tiny"), "client.directions": 2}
-    return Plan("sst2", rows, "1.0", nodes=10, clients=10, rounds=1, evaluations=1, shared=shared)
+    return Plan(rows, "1.0", nodes=10, clients=10, rounds=1, evaluations=1, shared=shared)
 
 
 @pytest.mark.parametrize("name", benchmark.ROWS)
