@@ -109,8 +109,9 @@ def warning(hands: Sequence[Hand], kind: str = "gaussian", least: float = MOSTLY
     most = max(holders, key=lambda hand: hand.dimensions / hand.directions)
     return (
         f"d={most.dimensions:,}, K={most.directions}, {len(holders)} of {len(hands)} clients a unit: expected cosine "
-        f"{cosines[worst]:.2g}, below {least:g}; use fewer dimensions (adapter.subspace), more directions "
-        '(client.directions), or backprop (method="fedyogi").'
+        f"{cosines[worst]:.2g}, below {least:g}; use fewer dimensions "
+        '(preset="spry-core", or adapter.subspace), more directions (client.directions), or backprop '
+        '(method="fedyogi", and where memory is short gradient="bisected-backprop").'
     )
 
 
