@@ -68,7 +68,7 @@ class Rounds:
             whole["send"] = "weights"  # the tensors are set from outside, which a slope log cannot tell
         config = RunConfig.from_flower(whole)
         adapted = load_model(config.model, config.adapter, len(label_names(config.data)), config.seed)
-        self.start = adapted.tensors()
+        self.start, frame = adapted.tensors(), adapted.subspace.sent
         self._grid = LocalGrid(clients, whole)
         self._strategy = _Watched(
             config=config,
@@ -77,6 +77,7 @@ class Rounds:
             tensors=self.start,
             fingerprint=adapted.fingerprint,
             recorder=Recorder(folder, config),
+            frame=frame.tensors if frame else None,
         )
 
     def at(self, tensors: Tensors, round_: int) -> Seen:

@@ -82,11 +82,16 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
 
 
+CORE = {"adapter.subspace": "core", "adapter.rank": 8, "adapter.alpha": 8.0, "adapter.frame": "singular"}
+
+
+@pytest.mark.parametrize("adapter", [{}, CORE], ids=["lora", "core"])
 @pytest.mark.parametrize("method", ["spry", "spry-per-iteration"])
 def test_as_many_orthogonal_directions_as_numbers_give_the_true_gradient(
-    method: str, keys: dict[str, Any], tmp_path: Path
+    method: str, adapter: dict[str, Any], keys: dict[str, Any], tmp_path: Path
 ) -> None:
     """Which only comes out if both rounds have the same rows and tensors, and weights and slopes are read rightly."""
+    keys = {**keys, **adapter}
     truth = Rounds({**keys, "method": "fedsgd"}, 3, tmp_path / "truth")
     estimate = {"method": method, "assign": "every-unit", "directions": "orthogonal", "client.directions": 64}
     ours = Rounds({**keys, **estimate}, 3, tmp_path / "ours")
