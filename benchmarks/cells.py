@@ -25,7 +25,9 @@ from benchmarks.local_grid import LocalGrid, identify
 from benchmarks.watched import WatchedGrid, Work, simulated
 from spry_app.client.node import forget_nodes
 from spry_app.config import RunConfig, Scalar
+from spry_app.config.sections import ModelConfig
 from spry_app.errors import SpryError
+from spry_app.prefix import Shared, shared
 from spry_app.server.run import federate
 
 KEPT = (
@@ -91,7 +93,8 @@ def measure(cell: Cell) -> Outcome:
     with tempfile.TemporaryDirectory(prefix="spry-cell-") as folder:
         try:
             config = RunConfig.from_flower(cell.run_config)
-            done = federate(cast(Grid, grid), config, Path(folder))
+            with shared(_known_of(config.model)):
+                done = federate(cast(Grid, grid), config, Path(folder))
         except Exception as error:  # told in the record: the other cells go on
             kind = "" if isinstance(error, SpryError) else f"{type(error).__name__}: "
             return Outcome(error=f"{kind}{error}", seconds=time.monotonic() - started)
@@ -101,6 +104,16 @@ def measure(cell: Cell) -> Outcome:
         curve = tuple(line | {"simulated-s": simulated(watched.work, until=line["round"])} for line in curve)
     seconds = time.monotonic() - started
     return Outcome(curve, seconds=seconds, config=config.flat(), work=tuple(watched.work) if watched else ())
+
+
+_known: dict[ModelConfig, Shared] = {}
+"""What the last model's frozen blocks gave, in this process: other cells send the same rows through them."""
+
+
+def _known_of(model: ModelConfig) -> Shared:
+    if model not in _known:
+        _known.clear()
+    return _known.setdefault(model, {})
 
 
 class Cells:

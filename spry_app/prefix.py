@@ -5,7 +5,8 @@ server; never what is trained on them.
 import functools
 import logging
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -137,12 +138,24 @@ class LastingPrefixCache(PrefixCache):
     def _limit(self) -> int:
         return self._at_hand
 
+    def _of(self, group: Sequence[int]) -> dict[int, Tensor]:
+        """The hidden states of a group; those of an earlier run, counted like others, where runs share them."""
+        if _shared is None:
+            return self._each(group)
+        inputs = self._rows.inputs(group)
+        key = self.depth, *((name, values.shape, values.numpy().tobytes()) for name, values in inputs.items())
+        if key in _shared:
+            self._computed += len(group) * self.depth
+        else:
+            _shared[key] = [states.clone() for states in self._each(group).values()]
+        return dict(zip(group, _shared[key], strict=True))
+
     @functools.cached_property
     def _group(self) -> dict[int, tuple[int, ...]]:
         """Row -> those with which it is computed and kept; no row that is not. What a token takes, the first tell."""
         order = self._rows.by_length(range(len(self._rows)))
         groups = [tuple(order[start : start + self._at_once]) for start in range(0, len(order), self._at_once)]
-        states = self._each(groups[0])
+        states = self._of(groups[0])
         width = states[order[0]][0].nbytes
         room = {"memory": self._memory, "disk": self._disk}
         found = dict[int, tuple[int, ...]]()
@@ -162,10 +175,31 @@ class LastingPrefixCache(PrefixCache):
         groups = self._group
         fresh = dict[int, Tensor]()
         for group in dict.fromkeys(groups[row] for row in new if row in groups and row not in self._kept):
-            fresh |= self._each(group)
+            fresh |= self._of(group)
         self._keep(fresh)
         others = [row for row in new if row not in groups]
         return fresh | (self._each(others) if others else {})
+
+
+Shared = dict[Hashable, list[Tensor]]
+"""Depth and tokens of a group -> its hidden states."""
+_shared: Shared | None = None
+
+
+@contextmanager
+def shared(between: Shared) -> Iterator[None]:
+    """Meanwhile what `frozen` keeps for a run is kept in `between` too, and taken from there: for benchmarks, whose
+    runs are many and alike.
+
+    All of them must have the same model. Nothing else of a run changes: its bits, its counts of passes, and what it
+    may keep itself stay as they are; this memory is beside that, and has no bound.
+    """
+    global _shared
+    _shared = between
+    try:
+        yield
+    finally:
+        _shared = None
 
 
 def frozen(

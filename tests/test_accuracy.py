@@ -213,7 +213,7 @@ def outcome(loss: float) -> Outcome:
     ("losses", "tried"),
     [
         (lambda x: (x - 0.3) ** 2, [0.1, 0.3, 0.9, 2.7]),  # the best is inside
-        (lambda x: x, [0.0111, 0.0333, 0.1, 0.3, 0.9, 2.7]),  # twice beyond the lower end, and no further
+        (lambda x: x, [0.00123, 0.0037, 0.0111, 0.0333, 0.1, 0.3, 0.9, 2.7]),  # beyond the lower end, four times
         (lambda x: abs(x - 3), [0.1, 0.3, 0.9, 2.7, 8.1]),  # beyond the upper end: the best is inside then
     ],
 )
@@ -223,6 +223,14 @@ def test_the_grid_grows_where_its_best_is_at_the_end(losses: Any, tried: list[fl
         search.tried |= {value: outcome(losses(value)) for value in values}
     assert sorted(search.tried) == pytest.approx(tried, rel=0.01)
     assert search.best == min(search.tried, key=losses)
+
+
+def test_of_losses_that_are_alike_the_largest_step_wins() -> None:
+    search = Search("by hand", {}, "client.learning-rate", first=0.1)
+    search.tried = {0.1: outcome(0.59995), 0.3: outcome(0.6), 0.9: outcome(0.6004), 2.7: outcome(0.7)}
+    assert search.best == 0.9 and search.pending() == []
+    search.tried[2.7] = outcome(0.6004)
+    assert search.best == 2.7 and search.pending() == [8.1]
 
 
 def test_a_step_size_that_fails_is_the_worst() -> None:

@@ -1,5 +1,6 @@
 """Hidden states kept during a client's task: the same training, fewer computations, within the bytes allowed."""
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from spry_app.client.node import Node, forget_nodes, load_node
 from spry_app.client.training import train
 from spry_app.config import RunConfig
 from spry_app.methods import get_method
-from spry_app.prefix import LastingPrefixCache, PrefixCache, may_start_at
+from spry_app.prefix import LastingPrefixCache, PrefixCache, Shared, may_start_at, shared
 from spry_app.protocol import Task, TrainReply
 
 ROWS = 24
@@ -153,6 +154,25 @@ def test_what_outlives_a_task_is_computed_in_groups_and_once(
     for first in range(0, ROWS, 8):
         kept.entering([order[first : first + 8]])
     assert sum(rows_through_the_lowest_block) == ROWS
+
+
+def test_what_runs_share_is_computed_once_and_counted_in_each(
+    folder: Path, rows_through_the_lowest_block: list[int]
+) -> None:
+    """The hidden states are the same ones, and a run outside sees nothing of them."""
+    node = node_of(config(folder))
+    rows = node.train.by_length(range(ROWS))[2:9]
+    between: Shared = {}
+    seen = []
+    for run_ in range(3):
+        with shared(between) if run_ < 2 else contextlib.nullcontext():
+            kept = LastingPrefixCache(node.adapted, node.train, 1, 1 << 20, 0, at_once=4)
+            states = kept.entering([rows])[0]
+        assert states is not None
+        seen.append((states.hidden, kept.forwards, sum(rows_through_the_lowest_block)))
+    (first, passes, ran), (again, as_many, still), (alone, _, more) = seen
+    assert torch.equal(first, again) and torch.equal(first, alone)
+    assert passes == as_many > 0 and ran == still > 0 and more == 2 * ran
 
 
 def test_rows_that_are_not_to_be_kept_pass_as_they_are_asked_for(
