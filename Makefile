@@ -4,8 +4,7 @@ PYTHON ?= python3
 # The torch to install first, so that nothing else chooses one. A build for CPU only, on Linux:
 #   make run TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu'
 TORCH  ?= torch==2.13.0
-# Arguments of `spry run`:  make run ARGS='--nodes 20 --run-config "num-server-rounds=5"'. Without them, this run:
-DEMO   := --run-config 'preset="spry-core" schedule="linear"'
+# Arguments of `spry run`:  make run ARGS='--nodes 20 --run-config "num-server-rounds=5"'
 ARGS   ?=
 
 BIN := .venv/bin
@@ -30,7 +29,7 @@ help:
 install: .venv/installed
 
 run: .venv/installed
-	@$(BIN)/spry run $(or $(ARGS),$(DEMO))
+	@$(BIN)/spry run $(ARGS)
 
 test: .venv/installed
 	@$(BIN)/python -m pytest $(BESIDE)

@@ -50,7 +50,14 @@ class Case:
         at_once = min(self.directions, 16)
         sizes = {"client.directions": self.directions, "client.directions-at-once": at_once}
         kind = {} if self.kind == "gaussian" else {"directions": self.kind}
-        return {"method": "spry-per-iteration", "assign": self.assign, **sizes, **kind, **ADAPTERS[self.adapter]}
+        return {
+            "preset": "",
+            "method": "spry-per-iteration",
+            "assign": self.assign,
+            **sizes,
+            **kind,
+            **ADAPTERS[self.adapter],
+        }
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from spry_app.errors import SpryError
 ROLES = {"server": "flwr-simulation", "clients": "ray::ClientAppActor", "superlink": "flower-superlink"}
 """What to find in the command line of a process; the ServerApp and Flower's simulation share one."""
 SETTINGS = {
+    "preset": "",
     "data.partition": "iid",
     "server.fraction-evaluate": 0.0,
     "client.local-steps": 1,

@@ -112,7 +112,7 @@ def one(app: str, file: Path, environment: dict[str, str]) -> Cost:
 def write(path: Path, settings: dict[str, Scalar]) -> Path:
     """A message and the context of a node, as the messenger reads them."""
     identify()
-    keys = RunConfig.defaults() | settings
+    keys = RunConfig.defaults() | {"preset": ""} | settings
     config = RunConfig.from_flower(keys)
     names = label_names(config.data)
     fingerprint = load_model(config.model, config.adapter, len(names), config.seed).fingerprint

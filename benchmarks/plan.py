@@ -76,6 +76,7 @@ class Plan:
     def _whole(self, keys: Mapping[str, Scalar], rounds: int, evaluations: int, seed: int) -> dict[str, Scalar]:
         method = METHOD_KEYS.get(str(keys.get("method", "")), {})
         whole = {
+            "preset": "",
             "server.fraction-train": 1 / self.nodes,
             "server.min-train-nodes": self.clients,  # exactly so many, with the least fraction
             **partition_keys(self.alpha),

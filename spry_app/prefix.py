@@ -203,7 +203,7 @@ def shared(between: Shared) -> Iterator[None]:
 
 
 def frozen(
-    adapted: AdaptedModel, rows: Encoded, memory_bytes: int, disk_bytes: int = 0, at_once: int = 1
+    adapted: AdaptedModel, rows: Encoded, memory_bytes: int, disk_bytes: int, at_once: int
 ) -> PrefixCache | None:
     """For what enters the lowest block with a trainable tensor, which no training changes and no dropout reaches.
 

@@ -99,6 +99,7 @@ def greedy(partition: int, reply: Message) -> Message:
 def tiny_run(folder: Path) -> dict[str, Any]:
     """Run config of two short rounds on the checkpoint and the rows above, made in `folder`."""
     return {
+        "preset": "",
         "method": "spry",
         "model.name": str(make_checkpoint(folder / "tiny")),
         "data.source": str(make_rows(folder / "rows.jsonl", 96)),

@@ -5,6 +5,7 @@ import tomllib
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -13,7 +14,14 @@ from typer.testing import CliRunner
 from spry_app.cli import app
 from spry_app.config import RunConfig
 from spry_app.errors import SpryError
-from spry_app.launcher.settings import Simulation, federation_config, keep_launch, resumed_nodes, run_config
+from spry_app.launcher.settings import (
+    Simulation,
+    federation_config,
+    keep_launch,
+    resumed_nodes,
+    run_config,
+    run_config_of,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -68,6 +76,25 @@ def test_of_several_files_and_lines_every_key_counts_and_the_last_wins(tmp_path:
         "data.text-field": "x",
     }
     assert found["seed"] == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ("", {"adapter.subspace": "core", "server.learning-rate": 0.072}),
+        ("seed=3", {"adapter.subspace": "core", "server.learning-rate": 0.072}),
+        ('adapter.kind="lora"', {"adapter.subspace": "none", "assign": "", "server.learning-rate": 0.008}),
+        ("server.learning-rate=0.008", {"adapter.subspace": "core", "server.learning-rate": 0.008}),
+        ('preset="spry-paper" adapter.dropout=0.0', {"adapter.dropout": 0.0, "server.tau": 1e-3}),
+    ],
+)
+def test_a_key_that_is_set_to_its_default_is_set(given: str, found: dict[str, Any]) -> None:
+    """On every machine: what Flower hands over there is the defaults of the app and these."""
+    settings = run_config(Simulation(ROOT, 10, [given] if given else []))
+    there = RunConfig.from_flower(RunConfig.defaults() | settings).flat()
+    assert found.items() <= there.items()
+    planned = run_config_of({}, [given] if given else []).flat()
+    assert {key for key in there if there[key] != planned[key]} <= {"preset", "output-dir"}
 
 
 def test_a_run_is_resumed_with_its_own_settings_and_devices(tmp_path: Path) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from spry_app.autodiff.gradients import GRADIENTS
-from spry_app.config import RunConfig, keys
+from spry_app.config import RunConfig, Scalar, keys
 from spry_app.config.presets import PRESETS
 from spry_app.errors import SpryError
-from spry_app.methods import get_method
+from spry_app.methods import METHODS, get_method
 from spry_app.methods.assignment import cyclic_split
 
 PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
@@ -131,6 +131,38 @@ def test_a_key_that_differs_from_its_default_wins_over_the_preset() -> None:
 def test_a_preset_leaves_an_adapter_of_another_kind_alone() -> None:
     config = RunConfig.from_flower({"preset": "spry-paper", "adapter.kind": "bitfit"})
     assert (config.adapter.kind, config.adapter.dropout, config.client.directions) == ("bitfit", 0.0, 1)
+
+
+def test_a_run_of_which_nothing_is_said_has_few_numbers_and_little_noise() -> None:
+    config = RunConfig.from_flower(RunConfig.defaults())
+    assert config.flat() == RunConfig.defaults() | PRESETS["spry-core"]
+    assert RunConfig.from_flower({}) == RunConfig.from_flower(config.flat()) == config
+    own = {"server.learning-rate": 0.01, "client.directions": 3, "gradient": "central-difference"}
+    assert RunConfig.from_flower(own).flat() == config.flat() | own
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        *({"method": name} for name in METHODS if name != "spry-per-iteration"),
+        {"method": "mine:method"},
+        {"preset": ""},
+        {"adapter.kind": "none"},
+        {"adapter.rank": 4},
+        {"adapter.path": "adapter"},
+    ],
+    ids=str,
+)
+def test_a_method_or_an_adapter_that_is_chosen_has_no_preset(own: dict[str, Scalar]) -> None:
+    assert RunConfig.from_flower(RunConfig.defaults() | own).flat() == RunConfig.defaults() | own
+
+
+def test_what_is_known_to_be_set_wins_over_the_preset_even_where_it_is_the_default() -> None:
+    usual, step = RunConfig.defaults(), "server.learning-rate"
+    assert RunConfig.from_flower(usual, {step}).flat() == usual | PRESETS["spry-core"] | {step: usual[step]}
+    assert RunConfig.from_flower(usual, {"adapter.kind"}).flat() == usual
+    paper = usual | {"preset": "spry-paper"}
+    assert RunConfig.from_flower(paper, {step}).flat() == paper | PRESETS["spry-paper"] | {step: usual[step]}
 
 
 def test_every_key_says_what_it_means() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from spry_app.autodiff.self_check import self_test
 from spry_app.autodiff.slopes import Part, forward_mode
 from spry_app.config import AdapterConfig, ModelConfig
+from spry_app.config.presets import PRESETS
 from spry_app.errors import SpryError
 from spry_app.models import AdaptedModel, NoPrefixError, load_model
 
@@ -43,6 +44,7 @@ EXAMPLES = {
 """Family -> what people call it."""
 KINDS: dict[str, dict[str, Any]] = {
     "LoRA": {"kind": "lora", "rank": 2},
+    "core": {key.removeprefix("adapter."): value for key, value in PRESETS["spry-core"].items() if "adapter." in key},
     "DoRA": {"kind": "lora", "rank": 2, "alpha": 4.0, "dora": True},
     "VeRA": {"kind": "vera", "rank": 4},
     "IA3": {"kind": "ia3"},

@@ -1,6 +1,6 @@
 """Settings that go together, by name. Nothing here checks them: they are run-config keys like any others."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from spry_app.config.data_sets import DATA_SETS
 
@@ -80,15 +80,33 @@ PRESETS: dict[str, dict[str, Scalar]] = METHODS | {
 """How to train, or "how/data set": the same on that data set, which has no households to deal its rows out by."""
 
 
-def of_preset(flat: Mapping[str, object], defaults: Mapping[str, object]) -> dict[str, Scalar]:
+AUTO = "auto"
+_OF_METHOD = {"spry-per-iteration": "spry-core"}
+"""Method -> what "auto" stands for. Slopes of LoRA's own numbers add nothing to a head in the lengths of run that were
+measured, those of a core do (docs/results.md); exact gradients make the most of LoRA.
+"""
+
+
+def of_preset(
+    flat: Mapping[str, object], defaults: Mapping[str, object], chosen: Collection[str] = ()
+) -> dict[str, Scalar]:
     """What the preset in `flat` says of keys that `flat` leaves open; nothing without one.
 
-    A key that differs from its default wins. Flower hands over every key, whether it was set or not, so a key that was
-    set to its default cannot be told from one that was not, and is the preset's. With another `adapter.kind`, which may
-    have no use for the preset's other keys of the adapter, those are left alone.
+    A key that differs from its default wins, and one that is `chosen`. Flower hands over every key, whether it was set
+    or not, so there a key that was set to its default cannot be told from one that was not, and is the preset's. With
+    another `adapter.kind`, which may have no use for the preset's other keys of the adapter, those are left alone.
     """
-    preset = PRESETS.get(str(flat.get("preset", "")), {})
-    found = {key: value for key, value in preset.items() if flat.get(key, defaults[key]) == defaults[key]}
+
+    def is_open(key: str) -> bool:
+        return key not in chosen and flat.get(key, defaults[key]) == defaults[key]
+
+    name = str(flat.get("preset", defaults["preset"]))
+    if name == AUTO:
+        adapter = (key for key in defaults if key.startswith("adapter."))
+        method = str(flat.get("method", defaults["method"]))
+        name = _OF_METHOD.get(method, "") if all(map(is_open, adapter)) else ""
+    preset = PRESETS.get(name, {})
+    found = {key: value for key, value in preset.items() if is_open(key)}
     if "adapter.kind" in preset.keys() - found.keys() and flat["adapter.kind"] != preset["adapter.kind"]:
         found = {key: value for key, value in found.items() if not key.startswith("adapter.")}
     return found

@@ -6,14 +6,14 @@ an empty string stands for "not set".
 """
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from spry_app.config.data_sets import DATA_SETS
-from spry_app.config.presets import METHODS, PRESETS, Scalar, of_preset
+from spry_app.config.presets import AUTO, METHODS, PRESETS, Scalar, of_preset
 from spry_app.config.section import Count, Section, kebab
 from spry_app.config.sections import ADAPTER_KEYS, SUBSPACE_KEYS, WHOLE_ONLY, AdapterConfig, DataConfig, ModelConfig
 from spry_app.config.training import (
@@ -30,11 +30,12 @@ from spry_app.errors import SpryError
 class RunConfig(Section):
     """One run. `RunConfig.from_flower` is the way in; `defaults()` is what pyproject.toml repeats."""
 
-    preset: str = ""
+    preset: str = AUTO
     """Settings that go together (presets.py): "spry", those of the runs that were published (also "spry-paper");
     "fedspzo", of that paper's; "spry-core", few trained numbers and little noise. Each also on a data set of the papers
-    (data_sets.py): "spry/sst2". Keys that differ from their defaults win; a key that is set to its default is the
-    preset's, as Flower hands it over like one that is not set."""
+    (data_sets.py): "spry/sst2". "auto" is "spry-core" where method is "spry-per-iteration" and no key of `adapter` is
+    set, else "", which leaves all keys as they are. Keys that are set win over a preset's. `flwr run` cannot tell a key
+    that is set to its default from one that is not (`spry run` can): there it is the preset's."""
     method: str = Field("spry-per-iteration", min_length=1)
     """Row of the method table, or "package.module:object" for a Method of your own."""
     strategy: str = ""
@@ -107,9 +108,11 @@ class RunConfig(Section):
     @field_validator("preset")
     @classmethod
     def _preset_is_known(cls, preset: str) -> str:
-        if preset and preset not in PRESETS:
+        if preset not in ("", AUTO) and preset not in PRESETS:
             ways, data = ", ".join(map(repr, METHODS)), ", ".join(DATA_SETS)
-            raise ValueError(f'known are {ways}, each also on a data set ("spry/sst2": {data}), and "" for none')
+            raise ValueError(
+                f"known are {ways}, each also on a data set (\"spry/sst2\": {data}), 'auto', and '' for none"
+            )
         return preset
 
     @model_validator(mode="after")
@@ -183,14 +186,17 @@ class RunConfig(Section):
         return round_ == self.num_server_rounds or round_ % self.server.evaluate_every == 0
 
     @classmethod
-    def from_flower(cls, flat: Mapping[str, Any]) -> Self:
-        """Fill in the preset and check Flower's flat run config. Raises SpryError naming every key that is wrong."""
+    def from_flower(cls, flat: Mapping[str, Any], chosen: Collection[str] = ()) -> Self:
+        """Fill in the preset and check Flower's flat run config. Raises SpryError naming every key that is wrong.
+
+        chosen: keys that are known to have been set, which no preset changes.
+        """
         known = dict(keys(cls))
         unknown = [_unknown_key(key, known) for key in flat if key not in known]
         if unknown:
             raise SpryError("\n".join(unknown))
         nested: dict[str, Any] = {}
-        for key, value in {**flat, **of_preset(flat, cls.defaults())}.items():
+        for key, value in {**flat, **of_preset(flat, cls.defaults(), chosen)}.items():
             *sections, name = key.split(".")
             target = nested
             for section in sections:

@@ -46,23 +46,26 @@ class Simulation:
 def run_config(simulation: Simulation) -> dict[str, Scalar]:
     """The keys to override, checked together with pyproject.toml's, with every local path absolute.
 
-    Paths have to be: the server's working directory is an empty one, where no app's modules shadow another's.
+    Paths have to be: the server's working directory is an empty one, where no app's modules shadow another's. Nor can
+    the server know which keys were set to their defaults, so a preset that would take them is resolved here.
     """
     try:
         defaults = flatten_dict(get_project_config(simulation.app)["tool"]["flwr"]["app"].get("config", {}))
     except (FileNotFoundError, ValueError) as error:
         raise SpryError(f"No Flower app in {simulation.app}: {error}") from None
     overrides = _resumed(simulation.resume) | _parse("--run-config", simulation.run_config)
-    overrides = _given(overrides) | overrides
-    config = RunConfig.from_flower(defaults | overrides)
+    overrides = chosen = _given(overrides) | overrides
+    config = RunConfig.from_flower(defaults | chosen, chosen.keys())
+    if config != RunConfig.from_flower(defaults | chosen):
+        overrides = config.flat() | {"preset": ""}
     if simulation.nodes < config.server.min_available_nodes:
         raise SpryError(
             f"--nodes is {simulation.nodes}, and server.min-available-nodes is {config.server.min_available_nodes}: "
             "the run would wait for devices that never come. Raise the one or lower the other."
         )
     for key, is_local in _LOCAL.items():
-        path = Path(str(overrides.get(key, ""))).expanduser()
-        if key in overrides and is_local(path):
+        path = Path(str(chosen.get(key, ""))).expanduser()
+        if key in chosen and is_local(path):
             overrides[key] = str(path.resolve())
     overrides["output-dir"] = str((simulation.output_dir or Path(config.output_dir)).expanduser().resolve())
     return overrides
@@ -70,7 +73,8 @@ def run_config(simulation: Simulation) -> dict[str, Scalar]:
 
 def run_config_of(base: Mapping[str, Scalar], given: Sequence[str]) -> RunConfig:
     """What `--run-config` says, over `base` and the defaults of the program."""
-    return RunConfig.from_flower({**RunConfig.defaults(), **base, **_parse("--run-config", given)})
+    chosen = {**base, **_parse("--run-config", given)}
+    return RunConfig.from_flower(RunConfig.defaults() | chosen, chosen.keys())
 
 
 def resumed_nodes(folder: Path) -> int:

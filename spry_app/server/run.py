@@ -136,7 +136,7 @@ def federate(
     if method.assign in BY_MEMORY and isinstance(strategy, SpryStrategy):
         strategy.step_mib = step_memory(adapted, _some_rows(config, adapted) if test is None else test, config, method)
     one = _one_gradient(config, folder, strategy, advise)
-    bottom = None if test is None else frozen(adapted, test, config.client.prefix_cache_mib * MIB, at_once=BATCH)
+    bottom = None if test is None else frozen(adapted, test, config.client.prefix_cache_mib * MIB, 0, at_once=BATCH)
     if checkpoint:
         checkpoint.check(adapted.tensors())
         _resumable(strategy).resume(checkpoint)
