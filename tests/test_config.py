@@ -135,7 +135,7 @@ def test_a_preset_leaves_an_adapter_of_another_kind_alone() -> None:
 
 def test_a_run_of_which_nothing_is_said_has_few_numbers_and_little_noise() -> None:
     config = RunConfig.from_flower(RunConfig.defaults())
-    assert config.flat() == RunConfig.defaults() | PRESETS["spry-core"]
+    assert config.flat() == RunConfig.defaults() | PRESETS["spry-core"] | {"preset": "spry-core"}
     assert RunConfig.from_flower({}) == RunConfig.from_flower(config.flat()) == config
     own = {"server.learning-rate": 0.01, "client.directions": 3, "gradient": "central-difference"}
     assert RunConfig.from_flower(own).flat() == config.flat() | own
@@ -154,13 +154,14 @@ def test_a_run_of_which_nothing_is_said_has_few_numbers_and_little_noise() -> No
     ids=str,
 )
 def test_a_method_or_an_adapter_that_is_chosen_has_no_preset(own: dict[str, Scalar]) -> None:
-    assert RunConfig.from_flower(RunConfig.defaults() | own).flat() == RunConfig.defaults() | own
+    assert RunConfig.from_flower(RunConfig.defaults() | own).flat() == RunConfig.defaults() | own | {"preset": ""}
 
 
 def test_what_is_known_to_be_set_wins_over_the_preset_even_where_it_is_the_default() -> None:
     usual, step = RunConfig.defaults(), "server.learning-rate"
-    assert RunConfig.from_flower(usual, {step}).flat() == usual | PRESETS["spry-core"] | {step: usual[step]}
-    assert RunConfig.from_flower(usual, {"adapter.kind"}).flat() == usual
+    core = usual | PRESETS["spry-core"] | {"preset": "spry-core"}
+    assert RunConfig.from_flower(usual, {step}).flat() == core | {step: usual[step]}
+    assert RunConfig.from_flower(usual, {"adapter.kind"}).flat() == usual | {"preset": ""}
     paper = usual | {"preset": "spry-paper"}
     assert RunConfig.from_flower(paper, {step}).flat() == paper | PRESETS["spry-paper"] | {step: usual[step]}
 

@@ -90,7 +90,7 @@ measured, those of a core do (docs/results.md); exact gradients make the most of
 def of_preset(
     flat: Mapping[str, object], defaults: Mapping[str, object], chosen: Collection[str] = ()
 ) -> dict[str, Scalar]:
-    """What the preset in `flat` says of keys that `flat` leaves open; nothing without one.
+    """What the preset in `flat` says of keys that `flat` leaves open, and of AUTO, which it is; nothing without one.
 
     A key that differs from its default wins, and one that is `chosen`. Flower hands over every key, whether it was set
     or not, so there a key that was set to its default cannot be told from one that was not, and is the preset's. With
@@ -100,13 +100,13 @@ def of_preset(
     def is_open(key: str) -> bool:
         return key not in chosen and flat.get(key, defaults[key]) == defaults[key]
 
-    name = str(flat.get("preset", defaults["preset"]))
+    name, found = str(flat.get("preset", defaults["preset"])), dict[str, Scalar]()
     if name == AUTO:
         adapter = (key for key in defaults if key.startswith("adapter."))
         method = str(flat.get("method", defaults["method"]))
-        name = _OF_METHOD.get(method, "") if all(map(is_open, adapter)) else ""
+        name = found["preset"] = _OF_METHOD.get(method, "") if all(map(is_open, adapter)) else ""
     preset = PRESETS.get(name, {})
-    found = {key: value for key, value in preset.items() if is_open(key)}
+    found |= {key: value for key, value in preset.items() if is_open(key)}
     if "adapter.kind" in preset.keys() - found.keys() and flat["adapter.kind"] != preset["adapter.kind"]:
         found = {key: value for key, value in found.items() if not key.startswith("adapter.")}
     return found

@@ -58,7 +58,8 @@ class _Runs:
 
     def way(self, name: str, hand: str, keys: dict[str, Scalar], highest: bool = False) -> Way:
         """Raises SpryError where the keys do not go together."""
-        config = RunConfig.from_flower(self.config.flat() | keys) if keys else self.config
+        whole = self.config.flat() | keys
+        config = RunConfig.from_flower(whole, whole.keys()) if keys else self.config
         method = get_method(config).on(Layout(self.adapted.depths(), len(self.adapted.blocks)), config.client)
         hands = deal_out(config, method, self.adapted.units, start_of(self.adapted), [0.0] * self.clients, 1)
         return Way(name, hand, keys, config, method, tuple(_extreme(hands, self.adapted, highest)))
@@ -66,6 +67,7 @@ class _Runs:
     def allowed(self, name: str, hand: str, keys: dict[str, Scalar], highest: bool) -> Way | None:
         """With the run's own method, or as weights where that sends scalars alone; None where neither is to be had."""
         weights: dict[str, Scalar] = {
+            "preset": self.config.preset,  # another method would not have it by itself
             "method": "fedavg",
             "server.optimizer": get_method(self.config).server_optimizer,
             "send": "",
