@@ -82,8 +82,8 @@ PRESETS: dict[str, dict[str, Scalar]] = METHODS | {
 
 AUTO = "auto"
 _OF_METHOD = {"spry-per-iteration": "spry-core"}
-"""Method -> what "auto" stands for. Slopes of LoRA's own numbers add nothing to a head in the lengths of run that were
-measured, those of a core do (docs/results.md); exact gradients make the most of LoRA.
+"""Method -> what "auto" stands for. Slopes of LoRA's own numbers add little or nothing to a head in runs of the lengths
+that were measured, those of a core do (docs/results.md); exact gradients make the most of LoRA.
 """
 
 
