@@ -107,7 +107,8 @@ def _base(folder: Path, settings: PeftConfig, model: str) -> tuple[int, ModelCon
     run, their = folder.parent / "config.json", settings.base_model_name_or_path or ""
     pooling: Literal["mean", "first"] = "mean" if is_copy(their) else "first"
     if folder.name == "adapter" and run.is_file():
-        config = RunConfig.from_flower(json.loads(run.read_text()))
+        told = json.loads(run.read_text())
+        config = RunConfig.from_flower(told, chosen=told)
         name, revision, seed = config.model.name, config.model.revision, config.seed
     else:
         name, revision, seed = known_as(their), settings.revision or "", 0

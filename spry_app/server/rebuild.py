@@ -27,7 +27,7 @@ def rebuild(log: Path, folder: Path, model: str = "") -> int:
     header, entries = read(log)
     if missing := {"config", "units", "fingerprint", "digest"} - header.keys():
         raise SpryError(f"{log} is not a slope log: its first line has no {', '.join(sorted(missing))}.")
-    config = RunConfig.from_flower(dict(header["config"]))
+    config = RunConfig.from_flower(header["config"], chosen=header["config"])
     set_offline(config.offline)
     frame = load_frame(log.parent, config)
     labels, task = len(label_names(config.data)), get_task(config.data)
