@@ -91,7 +91,7 @@ ESTIMATE: Keys = {"method": "spry-per-iteration", "assign": "every-unit", **PER_
 """The new default's way to a gradient."""
 DEFAULT_ADAPTER = "core (rank 4)"
 DEFAULT: Keys = {**ESTIMATE, **ADAPTERS[DEFAULT_ADAPTER]}
-"""The preset "spry-core", with a step size of its own: what was meant to become the default, were it near enough."""
+"""The preset "spry-core", which a run has of which nothing is said, with a step size of its own."""
 
 NEW = "new default"
 BEST_LORA = ("lora backprop", "lora backprop (all linear)", "lora fedavg")
