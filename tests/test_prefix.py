@@ -1,57 +1,38 @@
 """Hidden states kept during a client's task: the same training, fewer computations, within the bytes allowed."""
 
-import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from federation import make_checkpoint, make_rows
+from prefix_rows import (
+    ROWS,
+    WIDTH,
+    assert_same,
+    config,
+    hidden_states,
+    made_in,
+    node_of,
+    rows_through_the_lowest,
+    tokens,
+)
 from torch import Tensor, nn
 
 from spry_app.autodiff.budget import Slices
-from spry_app.client.node import Node, forget_nodes, load_node
+from spry_app.client.node import Node, forget_nodes
 from spry_app.client.training import train
 from spry_app.config import RunConfig
 from spry_app.methods import get_method
-from spry_app.prefix import LastingPrefixCache, PrefixCache, Shared, may_start_at, shared
+from spry_app.prefix import PrefixCache, may_start_at
 from spry_app.protocol import Task, TrainReply
 
-ROWS = 24
-WIDTH = 32 * 4
-"""Bytes of a token's hidden state in the tiny checkpoint."""
 TOP = ("encoder.layer.1.attention.self.query", "head")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("prefix")
-    make_rows(folder / "rows.jsonl", ROWS)
-    make_checkpoint(folder / "model")
-    return folder
-
-
-def config(folder: Path, **keys: Any) -> RunConfig:
-    flat = RunConfig.defaults() | {
-        "model.name": str(folder / "model"),
-        "data.source": str(folder / "rows.jsonl"),
-        "data.partition": "iid",
-        "data.holdout": 0.0,
-        "method": "spry",
-        "client.batch-size": 8,
-        "client.local-epochs": 2,
-        "client.directions": 4,
-        "client.directions-at-once": 2,
-    }
-    return RunConfig.from_flower(
-        flat | {key.replace("__", ".").replace("_", "-"): value for key, value in keys.items()}
-    )
-
-
-def node_of(config: RunConfig) -> Node:
-    return load_node(config, {"partition-id": 0, "num-partitions": 1})
+    return made_in(tmp_path_factory.mktemp("prefix"))
 
 
 def run(config: RunConfig, units: tuple[str, ...] = TOP) -> TrainReply:
@@ -69,15 +50,8 @@ def start(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.fixture
 def rows_through_the_lowest_block(folder: Path) -> Iterator[list[int]]:
-    """Rows of each time it was computed."""
-    node = node_of(config(folder))
-    adapted = node.adapted
-    assert all(may_start_at(adapted, node.train, depth) for depth in (1, 2))  # tries it, once a process
-    lowest = next(part for part in adapted.model.get_submodule(adapted.blocks[0]).modules() if type(part) is nn.Linear)
-    seen: list[int] = []
-    hook = lowest.register_forward_hook(lambda _, inputs, output: seen.append(len(output)))
-    yield seen
-    hook.remove()
+    with rows_through_the_lowest(node_of(config(folder))) as seen:
+        yield seen
 
 
 @pytest.mark.parametrize(
@@ -120,73 +94,6 @@ def test_what_no_client_trains_is_passed_once_in_all_tasks(folder: Path) -> None
             torch.testing.assert_close(kept.tensors[name], value, rtol=1e-4, atol=1e-6)
 
 
-FEW = 9 * 2 * 11 * WIDTH
-"""Bytes: half of them are for nine of the longest rows or some more of the shortest, which is not all."""
-
-
-@pytest.mark.parametrize("at_once", [1, 4])
-@pytest.mark.parametrize("memory", [1 << 20, FEW])
-def test_what_outlives_a_task_does_not_depend_on_what_came_before(folder: Path, memory: int, at_once: int) -> None:
-    """To the bit, with room for all rows and with room for a few: another order, other neighbours, kept or not."""
-    node = node_of(config(folder))
-    order = node.train.by_length(range(ROWS))
-    batches = [order[:3], [order[0], order[-1], order[7], order[-2]], order[4:7]]
-    seen = []
-    for turns in ([0, 1, 2], [2, 1, 0, 1], [1, 1]):
-        kept = LastingPrefixCache(node.adapted, node.train, 1, memory, 0, at_once)
-        found = {turn: kept.entering([batches[turn]])[0] for turn in turns}
-        seen.append(found[1])
-    first, *others = seen
-    assert first is not None
-    assert_same(node, batches[1], first.hidden, hidden_states(node, batches[1]))
-    assert all(other is not None and torch.equal(other.hidden, first.hidden) for other in others)
-
-
-def test_what_outlives_a_task_is_computed_in_groups_and_once(
-    folder: Path, rows_through_the_lowest_block: list[int]
-) -> None:
-    node = node_of(config(folder))
-    order = node.train.by_length(range(ROWS))
-    kept = LastingPrefixCache(node.adapted, node.train, 1, 1 << 20, 0, at_once=4)
-    for _ in range(2):
-        kept.entering([[order[0], order[5], order[2]]])
-    assert rows_through_the_lowest_block == [4, 4]
-    for first in range(0, ROWS, 8):
-        kept.entering([order[first : first + 8]])
-    assert sum(rows_through_the_lowest_block) == ROWS
-
-
-def test_what_runs_share_is_computed_once_and_counted_in_each(
-    folder: Path, rows_through_the_lowest_block: list[int]
-) -> None:
-    """The hidden states are the same ones, and a run outside sees nothing of them."""
-    node = node_of(config(folder))
-    rows = node.train.by_length(range(ROWS))[2:9]
-    between: Shared = {}
-    seen = []
-    for run_ in range(3):
-        with shared(between) if run_ < 2 else contextlib.nullcontext():
-            kept = LastingPrefixCache(node.adapted, node.train, 1, 1 << 20, 0, at_once=4)
-            states = kept.entering([rows])[0]
-        assert states is not None
-        seen.append((states.hidden, kept.forwards, sum(rows_through_the_lowest_block)))
-    (first, passes, ran), (again, as_many, still), (alone, _, more) = seen
-    assert torch.equal(first, again) and torch.equal(first, alone)
-    assert passes == as_many > 0 and ran == still > 0 and more == 2 * ran
-
-
-def test_rows_that_are_not_to_be_kept_pass_as_they_are_asked_for(
-    folder: Path, rows_through_the_lowest_block: list[int]
-) -> None:
-    """The longest ones, which take the most memory; nobody beside them is computed."""
-    node = node_of(config(folder))
-    order = node.train.by_length(range(ROWS))
-    kept = LastingPrefixCache(node.adapted, node.train, 1, FEW, 0, at_once=4)
-    for _ in range(2):
-        kept.entering([[order[0], order[-1], order[-2]]])
-    assert rows_through_the_lowest_block == [4, 2, 2]
-
-
 def test_the_head_alone_needs_no_block_twice(folder: Path, rows_through_the_lowest_block: list[int]) -> None:
     settings = config(folder, client__local_epochs=3)
     node = node_of(settings)
@@ -217,22 +124,6 @@ def test_dropout_in_the_adapter_is_drawn_anew_in_every_step(folder: Path) -> Non
 def cache(folder: Path, memory: int, disk: int = 0) -> tuple[Node, PrefixCache]:
     node = node_of(config(folder))
     return node, PrefixCache(node.adapted, node.train, 1, memory, disk)
-
-
-def tokens(node: Node, rows: list[int]) -> int:
-    return sum(len(node.train.features["input_ids"][row]) for row in rows)
-
-
-def assert_same(node: Node, rows: list[int], found: Tensor, expected: Tensor) -> None:
-    """But for what the padding holds, which nobody sees."""
-    assert found.shape == expected.shape
-    for row, got, wanted in zip(rows, found, expected, strict=True):
-        length = tokens(node, [row])
-        torch.testing.assert_close(got[:length], wanted[:length], rtol=1e-4, atol=1e-5)
-
-
-def hidden_states(node: Node, rows: list[int]) -> Tensor:
-    return node.adapted.prefix(node.train.batch(rows), 1).hidden
 
 
 def test_rows_kept_in_other_batches_are_put_together_and_padded_again(folder: Path) -> None:
